@@ -1,0 +1,26 @@
+"""The layers: parameters and a call into the operators.
+
+Lives here: KDA, MLA, the router, experts, dense channels, the norm, and the state a mixer carries.
+May import: ``deltamoe.config``, ``deltamoe.ops``, ``deltamoe.errors``.
+Read first: ``kda.py`` and ``moe.py``.
+"""
+
+from deltamoe.layers.kda import Kda, KdaState
+from deltamoe.layers.mla import Mla, MlaState
+from deltamoe.layers.mlp import Mlp
+from deltamoe.layers.moe import Experts, Moe
+from deltamoe.layers.norm import RMSNorm
+from deltamoe.layers.router import Router, Routing
+
+__all__ = [
+    "Experts",
+    "Kda",
+    "KdaState",
+    "Mla",
+    "MlaState",
+    "Mlp",
+    "Moe",
+    "RMSNorm",
+    "Router",
+    "Routing",
+]

@@ -1,0 +1,12 @@
+"""The model: blocks stacked by a schedule, and the state they carry.
+
+Lives here: ``HybridLM``, its block, its state, its initial weights.
+May import: ``deltamoe.layers`` and what stands left of it. Knows nothing of text or training.
+Read first: ``model.py``.
+"""
+
+from deltamoe.layers import KdaState, MlaState, Routing
+from deltamoe.model.model import Hidden, HybridLM
+from deltamoe.model.state import ModelState
+
+__all__ = ["Hidden", "HybridLM", "KdaState", "MlaState", "ModelState", "Routing"]

@@ -1,0 +1,46 @@
+"""From logits to the log of the decay, in fp32 (fp64 for fp64 inputs).
+
+Two activations, which are two different models and never stand in for one another:
+
+    softplus   log_decay = -exp(A_log) softplus(logits + dt_bias)             unbounded below
+    bounded    log_decay = lower_bound sigmoid(exp(A_log) (logits + dt_bias))  >= lower_bound
+
+Source: Kimi Linear (arXiv 2510.26692), section 4 and the published modeling code (softplus);
+flash-linear-attention's "safe gate" (bounded). The names A_log and dt_bias are the checkpoints'.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from deltamoe.ops.kda.shapes import compute_dtype
+
+__all__ = ["kda_decay"]
+
+
+def kda_decay(
+    logits: Float[Tensor, "B T HV K"],
+    A_log: Float[Tensor, "HV"],
+    dt_bias: Float[Tensor, "HV*K"],
+    *,
+    lower_bound: float | None = None,
+) -> Float[Tensor, "B T HV K"]:
+    """Turn decay logits into log_decay <= 0, one number a head and key channel.
+
+    Args:
+        logits: any real numbers, any floating dtype.
+        A_log: log of the rate of each head.
+        dt_bias: bias of each head and channel, heads outermost.
+        lower_bound: None for the softplus form; a number in [-5, 0) for the bounded form.
+
+    Returns:
+        The natural log of the per-step retention, fp32 (fp64 for fp64 logits).
+    """
+    dtype = compute_dtype(logits)
+    with torch.autocast(logits.device.type, enabled=False):
+        shifted = logits.to(dtype) + dt_bias.to(dtype).view(logits.shape[-2:])
+        rate = A_log.to(dtype).exp()[:, None]
+        if lower_bound is None:
+            return -rate * F.softplus(shifted)
+        return lower_bound * torch.sigmoid(rate * shifted)

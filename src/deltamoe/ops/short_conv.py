@@ -1,0 +1,79 @@
+"""The short causal convolution in front of KDA: each channel sees its last W inputs.
+
+    y[t] = silu( sum_j weight[j] x[t - (W - 1) + j] )        weight[W - 1] is the current token's
+
+Before a sequence's first token stand zeros, or the inputs carried over from an earlier call.
+Source: Kimi Linear (arXiv 2510.26692), section 4; the published modeling code.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["short_conv"]
+
+
+def short_conv(
+    x: Float[Tensor, "B T channels"],
+    weight: Float[Tensor, "channels W"],
+    past: Float[Tensor, "N W-1 channels"] | None = None,
+    *,
+    lengths: Int[Tensor, "B"] | None = None,
+    cu_seqlens: Int[Tensor, "..."] | None = None,
+) -> tuple[Float[Tensor, "B T channels"], Float[Tensor, "N W-1 channels"]]:
+    """Convolve along T and apply SiLU.
+
+    Args:
+        x: inputs.
+        weight: taps, oldest first.
+        past: the last W - 1 inputs before x, oldest first; None means zeros. N is B, or the
+            number of sequences when ``cu_seqlens`` is given.
+        lengths: valid tokens of each row; the rest is padding and does not enter the state.
+        cu_seqlens: borders of sequences packed along T (B must be 1).
+
+    Returns:
+        Outputs in x's dtype, and the last W - 1 inputs of every sequence.
+    """
+    batch, time, channels = x.shape
+    width = weight.shape[1]
+    borders = [0, time] if cu_seqlens is None else cu_seqlens.tolist()
+    sequences = batch if cu_seqlens is None else len(borders) - 1
+    if past is None:
+        past = x.new_zeros(sequences, width - 1, channels)
+    past = past.to(x.dtype)
+    if cu_seqlens is None:
+        padded = torch.cat([past, x], dim=1)  # [B, W - 1 + T, channels]
+        y = _taps(padded, weight)
+        if lengths is None:
+            return y, padded[:, time:]
+        last = lengths[:, None] + torch.arange(width - 1, device=x.device)
+        return y, padded.gather(1, last[..., None].expand(-1, -1, channels))
+
+    # Each packed sequence gets its own past in front; what the taps make of the past is cut out.
+    pieces = [
+        piece
+        for n, (start, stop) in enumerate(pairwise(borders))
+        for piece in (past[n], x[0, start:stop])
+    ]
+    padded = torch.cat(pieces).unsqueeze(0)
+    ends = cu_seqlens[1:] + (width - 1) * torch.arange(1, sequences + 1, device=x.device)
+    sequence_of = torch.repeat_interleave(
+        torch.arange(sequences, device=x.device), cu_seqlens.diff(), output_size=time
+    )
+    here = torch.arange(time, device=x.device) + sequence_of * (width - 1)
+    y = _taps(padded, weight)[:, here]
+    last = ends[:, None] + torch.arange(-(width - 1), 0, device=x.device)
+    return y, padded[0, last]
+
+
+def _taps(padded: Tensor, weight: Tensor) -> Tensor:
+    """[B, W - 1 + T, channels] -> [B, T, channels]."""
+    width = weight.shape[1]
+    time = padded.shape[1] - (width - 1)
+    total = padded[:, :time] * weight[:, 0]
+    for j in range(1, width):
+        total = torch.addcmul(total, padded[:, j : j + time], weight[:, j].to(total.dtype))
+    return F.silu(total).to(padded.dtype)
