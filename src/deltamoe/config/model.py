@@ -14,7 +14,7 @@ from typing import Literal
 
 from deltamoe.errors import ConfigError
 
-__all__ = ["KdaConfig", "MlaConfig", "Mixer", "Channel", "ModelConfig", "MoeConfig"]
+__all__ = ["Channel", "KdaConfig", "Mixer", "MlaConfig", "ModelConfig", "MoeConfig"]
 
 Mixer = Literal["kda", "mla"]
 Channel = Literal["mlp", "moe"]
@@ -22,7 +22,7 @@ Channel = Literal["mlp", "moe"]
 # Far beyond any model, and small enough that nothing is allocated or looped over on a hostile
 # file's word before these bounds were checked.
 _MOST = 1 << 24
-_MOST_LAYERS = 10_000
+_MOST_LAYERS = 1_000
 
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
@@ -305,7 +305,7 @@ class ModelConfig:
                 given,
                 f"one entry for each of model.num_layers = {self.num_layers}",
             )
-        needed = {self.mixer(i) for i in range(self.num_layers)}
+        needed: set[str] = {self.mixer(i) for i in range(self.num_layers)}
         needed |= {self.channel(i) for i in range(self.num_layers)}
         for part in ("kda", "mla", "moe"):
             if part in needed and getattr(self, part) is None:

@@ -13,13 +13,13 @@ from deltamoe.errors import ConfigError
 __all__ = ["BalanceConfig", "DataConfig", "OptimizerConfig", "RunConfig", "TrainConfig"]
 
 
-def _positive(section: str, **values: float | None) -> None:
+def _positive(section: str, **values: int | float | None) -> None:
     for name, value in values.items():
         if value is not None and value <= 0:
             raise ConfigError(f"{section}.{name} = {value!r}: expected a number > 0")
 
 
-def _not_negative(section: str, **values: float) -> None:
+def _not_negative(section: str, **values: int | float) -> None:
     for name, value in values.items():
         if value < 0:
             raise ConfigError(f"{section}.{name} = {value!r}: expected a number >= 0")

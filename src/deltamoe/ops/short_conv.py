@@ -7,11 +7,13 @@ Source: Kimi Linear (arXiv 2510.26692), section 4; the published modeling code.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["short_conv"]
 
@@ -64,16 +66,50 @@ def short_conv(
         torch.arange(sequences, device=x.device), cu_seqlens.diff(), output_size=time
     )
     here = torch.arange(time, device=x.device) + sequence_of * (width - 1)
-    y = _taps(padded, weight)[:, here]
+    y = _taps(padded, weight)[0].index_select(0, here).unsqueeze(0)
     last = ends[:, None] + torch.arange(-(width - 1), 0, device=x.device)
     return y, padded[0, last]
 
 
 def _taps(padded: Tensor, weight: Tensor) -> Tensor:
     """[B, W - 1 + T, channels] -> [B, T, channels]."""
+    result: Tensor = _TapsAndSilu.apply(padded, weight)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _TapsAndSilu(torch.autograd.Function):
+    """The sum over the taps and the SiLU behind it.
+
+    Written by hand because autograd would build a zero-filled tensor for every tap's slice, and
+    would keep the sum as well as the inputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(padded, weight)
+        return F.silu(_sum_of_taps(padded, weight)).to(padded.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor]:
+        padded, weight = ctx.saved_tensors
+        total = _sum_of_taps(padded, weight)
+        opening = total.sigmoid()
+        d_total = d_y * opening * (1 + total * (1 - opening))
+        d_padded = torch.zeros_like(padded, dtype=total.dtype)
+        d_weight = torch.empty_like(weight)
+        time = total.shape[1]
+        for j in range(weight.shape[1]):
+            seen = slice(j, j + time)
+            d_padded[:, seen].addcmul_(d_total, weight[:, j].to(total.dtype))
+            d_weight[:, j] = (d_total * padded[:, seen]).sum(dim=(0, 1))
+        return d_padded.to(padded.dtype), d_weight
+
+
+def _sum_of_taps(padded: Tensor, weight: Tensor) -> Tensor:
     width = weight.shape[1]
     time = padded.shape[1] - (width - 1)
     total = padded[:, :time] * weight[:, 0]
     for j in range(1, width):
-        total = torch.addcmul(total, padded[:, j : j + time], weight[:, j].to(total.dtype))
-    return F.silu(total).to(padded.dtype)
+        total.addcmul_(padded[:, j : j + time].to(total.dtype), weight[:, j].to(total.dtype))
+    return total

@@ -61,13 +61,13 @@ def kda_chunk(
     if not layout.active:
         return v, memory
     inputs = [
-        layout.to_chunks(x.to(dtype))
+        layout.to_chunks(x)
         for x in (
-            repeat_heads(q, value_heads),
-            repeat_heads(k, value_heads),
-            v,
-            log_decay,
-            beta.unsqueeze(-1),
+            repeat_heads(q.to(dtype), value_heads),
+            repeat_heads(k.to(dtype), value_heads),
+            v.to(dtype),
+            log_decay.to(dtype),
+            beta.to(dtype).unsqueeze(-1),
         )
     ]
     out, final = _KdaChunk.apply(  # type: ignore[no-untyped-call]

@@ -1,0 +1,174 @@
+"""``deltamoe train``: train a model in a run folder, or go on with one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from deltamoe.cli.format import count, size
+from deltamoe.config import RunConfig, resolve
+from deltamoe.errors import Interrupted
+from deltamoe.plan import plan
+
+if TYPE_CHECKING:
+    from deltamoe.data import PreparedData
+    from deltamoe.training.loop import Sampler
+    from deltamoe.training.progress import Progress
+    from deltamoe.training.signals import StopRequest
+
+__all__ = ["command"]
+
+_SAMPLE_TOKENS = 100
+
+
+@click.command("train")
+@click.argument("source", metavar="PRESET|FILE|RUN")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--out", type=click.Path(path_type=Path), help="The run folder; new or empty.")
+@click.option("--resume", is_flag=True, help="Go on with the run in the folder, if there is one.")
+@click.option("--dry-run", is_flag=True, help="One step and one checkpoint; leaves nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the last step's record at the end.")
+def command(
+    source: str,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    r"""Train a model; what happens is told on standard error.
+
+    \b
+    deltamoe train nano --out runs/nano
+    deltamoe train nano --out runs/long train.steps=2k optimizer.lr=2e-3
+    deltamoe train --resume runs/nano
+    deltamoe train --resume runs/nano train.steps=2k
+    deltamoe train nano --dry-run
+
+    SIGTERM and Ctrl-C write a checkpoint and exit with 75; a second one exits at once.
+    With --out, --resume goes on with the run there or starts it: the same command can be repeated.
+    """
+    config, _ = resolve(source, overrides)
+    if out is None and resume:
+        out = Path(source)
+    if out is None and not dry_run:
+        raise click.UsageError("where to? give the run folder: --out runs/NAME")
+    folder = out or Path("run")
+
+    from deltamoe.data import prepare
+    from deltamoe.training.dry_run import dry_run as rehearse
+    from deltamoe.training.loop import train
+    from deltamoe.training.progress import Progress
+    from deltamoe.training.run import require_enterable
+    from deltamoe.training.signals import StopRequest
+
+    if not dry_run:
+        require_enterable(folder, config, resume=resume)
+    with StopRequest() as stop, Progress() as progress:
+        _tell_plan(config, progress)
+        tell = _preparation(stop, progress)
+        data = prepare(config.data, progress=tell)
+        _tell_data(data, config, progress)
+        if dry_run:
+            found = rehearse(config, data, beside=folder)
+            progress.say(
+                f"dry run: a step took {found.seconds_per_step:.2f} s (loss {found.loss:.3f}), "
+                f"{size(found.peak_bytes)} of memory at most; a checkpoint of "
+                f"{size(found.checkpoint_bytes)} was written, read back and found equal"
+            )
+            return
+        _tell_baselines(data, tell, progress)
+        record = train(
+            config,
+            folder,
+            data,
+            stop=stop,
+            progress=progress,
+            resume=resume,
+            sampler=_sampler(config, data, stop),
+        )
+        progress.say(f"done: deltamoe generate {folder} --prompt '…'")
+    if as_json:
+        click.echo(json.dumps(record))
+
+
+def _tell_plan(config: RunConfig, progress: "Progress") -> None:
+    costs = plan(config)
+    training, counted = costs.training, costs.parameters
+    model = config.model
+    progress.say(
+        f"model: {count(counted.total)} parameters, {count(counted.active)} active; "
+        f"{model.num_layers} layers {model.schedule}, width {model.dim}"
+    )
+    progress.say(
+        f"plan: {config.train.steps:,} steps of {training.tokens_per_step:,} tokens = "
+        f"{count(training.tokens)} tokens, {count(training.flops)}FLOP; about "
+        f"{size(training.total_bytes)} of memory, {size(training.checkpoint_bytes)} a checkpoint"
+    )
+    if not training.fits:
+        progress.say(
+            f"warning: this machine has {size(costs.memory_bytes)}; lower data.rows or set "
+            "train.checkpoint_activations=true"
+        )
+
+
+def _tell_data(data: "PreparedData", config: RunConfig, progress: "Progress") -> None:
+    import torch
+
+    from deltamoe.training.optimizer import newton_schulz_dtype
+    from deltamoe.training.trainer import device_of
+
+    device = device_of(config.train.device)
+    muon = str(newton_schulz_dtype(device)).removeprefix("torch.")
+    progress.say(
+        f"precision: weights, gradients and moments fp32, forward {config.train.precision}"
+        + (f", Muon's iterations {muon}" if config.optimizer.name == "muon" else "")
+        + f"; on {device} with {config.train.threads or torch.get_num_threads()} threads"
+    )
+    train, validation = data.train, data.validation
+    progress.say(
+        f"data: {count(train.num_tokens)} tokens ({size(train.num_bytes)}) to train on, "
+        f"{count(validation.num_tokens)} held out; {data.tokenizer.name} tokenizer"
+    )
+
+
+def _tell_baselines(data: "PreparedData", tell: Callable[..., None], progress: "Progress") -> None:
+    from deltamoe.data import measure_baselines
+
+    for source in data.sources:
+        found = measure_baselines(data.tokenizer, source, tell)
+        progress.say(
+            f"to beat on {source.name}: 5-gram {found.ngram:.3f} bits/byte, "
+            f"xz {found.xz:.3f}, xz that has read the training text {found.xz_given_train:.3f}"
+        )
+
+
+def _preparation(stop: "StopRequest", progress: "Progress") -> Callable[..., None]:
+    """Tell once what is being prepared, and leave it when a signal comes."""
+    told = ""
+
+    def update(what: str, done: int = 0, total: int | None = None) -> None:
+        nonlocal told
+        if stop:
+            raise Interrupted(f"stopped by {stop.name} while {what}; nothing was trained yet")
+        if what != told:
+            told = what
+            progress.say(f"{what} …")
+
+    return update
+
+
+def _sampler(config: RunConfig, data: "PreparedData", stop: "StopRequest") -> "Sampler":
+    from deltamoe.inference.generate import Decoding
+    from deltamoe.model import HybridLM
+
+    def sample(model: HybridLM, step: int) -> str:
+        prompt = config.train.sample_prompt
+        decoding = Decoding(model, data.tokenizer, [prompt], max_tokens=_SAMPLE_TOKENS, seed=step)
+        while decoding.is_running and not stop:
+            decoding.step()
+        return prompt + decoding.generation(0).text
+
+    return sample
