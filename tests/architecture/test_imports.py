@@ -19,7 +19,6 @@ APART = [
     {"model", "data"},
     {"ops", "config"},
     {"ops", "plan"},
-    {"checkpoint", "data"},
 ]
 FILES = sorted(f for f in SRC.rglob("*.py") if not f.relative_to(SRC).parts[0].startswith("__"))
 # Python files that must work without torch, so that `--help`, `plan` and a header answer at once.

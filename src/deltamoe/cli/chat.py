@@ -20,6 +20,6 @@ def command(path: Path, device: str, dtype: Literal["fp32", "bf16"] | None, **op
     come from a terminal or a pipe; /help lists what else can be typed.
     """
     from deltamoe.cli.conversation import Conversation
-    from deltamoe.inference.open import open_model
+    from deltamoe.inference.opened import open_model
 
     Conversation(open_model(path, device=device, dtype=dtype), options).run()

@@ -16,7 +16,7 @@ import click
 from deltamoe.cli.format import count, size
 from deltamoe.cli.sampling import DEFAULTS
 from deltamoe.errors import ConfigError, DeltamoeError
-from deltamoe.inference.open import OpenedModel
+from deltamoe.inference.opened import OpenedModel
 from deltamoe.inference.sampler import Sampler
 from deltamoe.inference.session import Session
 

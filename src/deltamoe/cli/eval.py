@@ -56,7 +56,7 @@ def command(
     """
     from deltamoe.evaluation.blimp import blimp_accuracy, read_blimp
     from deltamoe.evaluation.report import measure
-    from deltamoe.inference.open import open_model
+    from deltamoe.inference.opened import open_model
 
     sets = None if blimp is None else read_blimp(blimp)
     opened = open_model(path, device=device, dtype=dtype)
@@ -68,6 +68,7 @@ def command(
             context=context,
             max_tokens=max_tokens,
             streamed=streamed,
+            baselines=baselines,
             progress=progress,
         )
     if sets is not None:

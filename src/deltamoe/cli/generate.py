@@ -53,8 +53,8 @@ def command(
         raise click.UsageError("--prompts goes with neither --prompt nor --save-state")
     prompts = None if prompts_from is None else _prompts(prompts_from.read(), prompts_from.name)
 
-    from deltamoe.inference.generate import Decoding, generate
-    from deltamoe.inference.open import open_model
+    from deltamoe.inference.generation import Decoding, generate
+    from deltamoe.inference.opened import open_model
     from deltamoe.inference.text_state import load_text_state, save_text_state
 
     model, tokenizer, _, checkpoint = open_model(path, device=device, dtype=dtype)
@@ -72,7 +72,7 @@ def command(
     for piece in decoding.pieces():
         if not as_json:
             click.echo(piece, nl=False)
-    seconds = time.perf_counter() - begin
+    seconds = max(time.perf_counter() - begin, 1e-9)
     generation = decoding.generation(0)
     click.echo(json.dumps(generation.to_dict()) if as_json else "")
     written = len(generation.ids)

@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from deltamoe.checkpoint.folder import WEIGHTS, Checkpoint, open_checkpoint
+from deltamoe.checkpoint.folder import WEIGHTS, Checkpoint, open_checkpoint, step_folders
 from deltamoe.checkpoint.header import Header, check_shapes, read_header
 from deltamoe.checkpoint.manifest import MANIFEST
-from deltamoe.checkpoint.run_folder import load_config, step_folders
+from deltamoe.checkpoint.run_folder import load_config
 from deltamoe.cli.format import table
 from deltamoe.config.model import ModelConfig
 from deltamoe.config.parse import to_dict

@@ -151,7 +151,7 @@ def _preparation(stop: "StopRequest", progress: "Progress") -> Callable[..., Non
 
     def update(what: str, done: int = 0, total: int | None = None) -> None:
         nonlocal told
-        if stop:
+        if stop.is_requested:
             raise Interrupted(f"stopped by {stop.name} while {what}; nothing was trained yet")
         if what != told:
             told = what
@@ -161,13 +161,13 @@ def _preparation(stop: "StopRequest", progress: "Progress") -> Callable[..., Non
 
 
 def _sampler(config: RunConfig, data: "PreparedData", stop: "StopRequest") -> "Sampler":
-    from deltamoe.inference.generate import Decoding
+    from deltamoe.inference.generation import Decoding
     from deltamoe.model import HybridLM
 
     def sample(model: HybridLM, step: int) -> str:
         prompt = config.train.sample_prompt
         decoding = Decoding(model, data.tokenizer, [prompt], max_tokens=_SAMPLE_TOKENS, seed=step)
-        while decoding.is_running and not stop:
+        while decoding.is_running and not stop.is_requested:
             decoding.step()
         return prompt + decoding.generation(0).text
 

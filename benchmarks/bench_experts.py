@@ -1,0 +1,88 @@
+"""Do more experts help at equal active FLOPs and equal tokens?
+
+    python benchmarks/bench_experts.py [--steps N]
+
+Trains experts.toml with a dense channel and with 4, 16 and 64 experts, top 2, each as wide as half
+the dense channel: what a token passes through costs the same. Prints a table and writes
+results/experts.{json,md} and docs/experts.png.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from machine import RESULTS, describe
+
+from deltamoe.config import resolve
+from deltamoe.plan import plan
+
+HERE = Path(__file__).parent
+VARIANTS = {
+    "dense": ["model.first_dense_layers=4"],
+    "4 experts": ["model.moe.num_experts=4"],
+    "16 experts": ["model.moe.num_experts=16"],
+    "64 experts": ["model.moe.num_experts=64"],
+}
+
+
+def main() -> None:
+    steps = sys.argv[sys.argv.index("--steps") + 1] if "--steps" in sys.argv else "1000"
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, overrides in VARIANTS.items():
+            overrides = [*overrides, f"train.steps={steps}", f"train.checkpoint_every={steps}"]
+            config, _ = resolve(str(HERE / "experts.toml"), overrides)
+            costs = plan(config)
+            run = Path(folder) / name.replace(" ", "-")
+            command = [sys.executable, "-m", "deltamoe", "train", str(HERE / "experts.toml")]
+            subprocess.run([*command, "--out", str(run), *overrides], check=True)
+            records = [json.loads(r) for r in (run / "metrics.jsonl").read_text().splitlines()]
+            seconds = sorted(r["tokens"] / r["tokens_per_s"] for r in records[1:])
+            rows.append(
+                {
+                    "channel": name,
+                    "total": costs.parameters.total,
+                    "active": costs.parameters.active,
+                    "flops_per_token": costs.flops_per_token,
+                    "validation_bits_per_byte": records[-1]["validation_bits_per_byte"],
+                    "median_step_seconds": seconds[len(seconds) // 2],
+                }
+            )
+    table = [
+        "| channel | total parameters | active | FLOPs a token | validation bits/byte |"
+        " median step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        table.append(
+            f"| {r['channel']} | {r['total']:,} | {r['active']:,} | {r['flops_per_token']:,} | "
+            f"{r['validation_bits_per_byte']:.4f} | {r['median_step_seconds']:.2f} s |"
+        )
+    tokens = f"{int(steps) * 8 * 256:,} bytes of training text each, one seed."
+    text = "\n".join([describe(), "", tokens, "", *table]) + "\n"
+    (RESULTS / "experts.md").write_text("# More experts at equal active FLOPs\n\n" + text)
+    (RESULTS / "experts.json").write_text(json.dumps({"machine": describe(), "rows": rows}))
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    axes.plot([r["total"] / 1e6 for r in rows], [r["validation_bits_per_byte"] for r in rows], "o-")
+    for r in rows:
+        at = (r["total"] / 1e6, r["validation_bits_per_byte"])
+        axes.annotate(r["channel"], at, xytext=(6, 6), textcoords="offset points")
+    axes.set(
+        xscale="log",
+        xlabel="total parameters (millions)",
+        ylabel="validation bits per byte",
+        title="Equal active FLOPs, equal tokens",
+    )
+    figure.tight_layout()
+    figure.savefig(HERE.parent / "docs" / "experts.png", dpi=120)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

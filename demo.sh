@@ -1,0 +1,35 @@
+#!/bin/sh
+# The main job, end to end: train on real text, measure, read, talk. `make demo` runs it.
+#   sh demo.sh DELTAMOE RUN
+set -eu
+deltamoe=$1
+run=$2
+
+echo "── training: about ten minutes on two cores; Ctrl-C saves, and the same command goes on ──"
+"$deltamoe" train nano --out "$run" --resume
+
+echo
+echo "── what it makes of text it has never seen, beside xz and a 5-gram ──"
+"$deltamoe" eval "$run" --baselines --max-tokens 16384
+
+echo
+echo "── what it writes ──"
+"$deltamoe" generate "$run" --prompt "Fellow citizens, the state of our" --max-tokens 120 --seed 1
+echo
+
+echo
+echo "── talk to it: it has read nothing but speeches, and continues what you begin ──"
+if [ -t 0 ]; then
+    "$deltamoe" chat "$run"
+else
+    echo "The American people" | "$deltamoe" chat "$run"
+fi
+
+cat <<END
+
+The run is in $run. Some next steps:
+  $deltamoe chat $run
+  $deltamoe generate $run --prompt "In the coming year" --temperature 0.7
+  $deltamoe inspect $run
+  $deltamoe train --resume $run train.steps=2k        go on training
+END

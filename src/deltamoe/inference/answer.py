@@ -1,0 +1,104 @@
+"""From drawn ids to text that may be shown.
+
+``Answer`` follows one row: it decodes ids without breaking a character, holds back what may still
+become a stop string, and knows when and why the row is finished. Knows nothing of models.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from deltamoe.errors import ConfigError
+from deltamoe.tokenizer import StreamDecoder, Tokenizer
+
+__all__ = ["Answer", "FinishReason", "StopFilter"]
+
+FinishReason = Literal["stop", "length", "end"]
+
+
+class StopFilter:
+    """Lets text through up to the first stop string, however the text is cut into pieces.
+
+    The first stop string is the one completed first; of two completed by the same character, the
+    longer. Nothing from its beginning on is ever let through.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        if "" in stop:
+            raise ConfigError(
+                "stop = '': expected text; an empty stop string stops before it began"
+            )
+        self.stop = tuple(stop)
+        self.is_stopped = False
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """Take more text; return what is certain to stand before any stop string."""
+        self._held += text
+        found = [
+            (start + len(stop), start)
+            for stop in self.stop
+            if (start := self._held.find(stop)) >= 0
+        ]
+        if found:
+            self.is_stopped = True
+            return self._release(min(found)[1])
+        return self._release(len(self._held) - self._num_undecided())
+
+    def finish(self) -> str:
+        """Return what was held back; no more text will come."""
+        return self._release(len(self._held))
+
+    def _num_undecided(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        return max(
+            (
+                length
+                for stop in self.stop
+                for length in range(1, len(stop))
+                if self._held.endswith(stop[:length])
+            ),
+            default=0,
+        )
+
+    def _release(self, length: int) -> str:
+        certain, self._held = self._held[:length], "" if self.is_stopped else self._held[length:]
+        return certain
+
+
+class Answer:
+    """What one row has written so far.
+
+    Attributes:
+        ids: every id drawn, the border that ended it left out; it includes the ids whose text a
+            stop string cut off.
+        text: the text let through so far.
+        finish_reason: None while the row goes on; "stop" (a stop string came), "length"
+            (``max_tokens`` are reached) or "end" (the model drew the document border).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, max_tokens: int, stop: Sequence[str]) -> None:
+        self.ids: list[int] = []
+        self.text = ""
+        self.finish_reason: FinishReason | None = "length" if max_tokens == 0 else None
+        self._end_id = tokenizer.end_id
+        self._max_tokens = max_tokens
+        self._decoder = StreamDecoder(tokenizer)
+        self._stop_filter = StopFilter(stop)
+
+    def push(self, token_id: int) -> str:
+        """Take one drawn id; return the text that has become certain."""
+        if token_id == self._end_id:
+            piece = self._finish("end")
+        else:
+            self.ids.append(token_id)
+            piece = self._stop_filter.push(self._decoder.push(token_id))
+            if self._stop_filter.is_stopped:
+                self.finish_reason = "stop"
+            elif len(self.ids) == self._max_tokens:
+                piece += self._finish("length")
+        self.text += piece
+        return piece
+
+    def _finish(self, reason: FinishReason) -> str:
+        self.finish_reason = reason
+        return self._stop_filter.push(self._decoder.finish()) + self._stop_filter.finish()
