@@ -202,6 +202,16 @@ def test_changed_text_is_refused(config, whole, capsys):
     assert "other data" in capsys.readouterr().err
 
 
+def test_a_signal_during_preparation_is_obeyed_there(config, tmp_path, monkeypatch):
+    def prepare(config, *, progress):
+        os.kill(os.getpid(), signal.SIGTERM)
+        progress("tokenising", 0, 100)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr("deltamoe.data.prepare", prepare)
+    assert main(["train", str(config), "--out", str(tmp_path / "run")]) == 75
+
+
 def test_samples_are_written_on_the_way(config, tmp_path):
     run = tmp_path / "run"
     arguments = ["train.steps=2", "train.sample_every=2", "train.sample_prompt=The"]

@@ -1,4 +1,4 @@
-"""What the documentation points to exists: pages, headings, files, functions, verbs, quoted code."""
+"""What the documentation points to exists: pages, headings, files, functions, verbs, lines."""
 
 import ast
 import re
@@ -33,7 +33,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @each_page
 def test_files_and_functions_exist(page: Path) -> None:
-    """`ops/mla.py: attend` names a file, from the root or from src/deltamoe, and what it defines."""
+    """`ops/mla.py: attend` names a file, from the root or from src/deltamoe, and its symbol."""
     for number, code in inline_code(page):
         if not (found := _FILE.fullmatch(code)):
             continue

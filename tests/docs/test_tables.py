@@ -1,4 +1,4 @@
-"""Tables of the guides that list things of the code: names of tensors, metrics, optimizer rules."""
+"""What the guides list of the code: arrows, tensors, metrics, optimizer rules, keys."""
 
 import ast
 import re
@@ -10,7 +10,8 @@ from deltamoe.config import preset
 from deltamoe.plan import weights
 from deltamoe.training.optimizer import rule_for
 from deltamoe.training.run import CHANGEABLE
-from tests.docs.pages import ROOT, SRC, rows, table
+from tests.architecture.test_imports import FILES, imported_parts
+from tests.docs.pages import ROOT, SRC, blocks, rows, table
 
 TRAINING = ROOT / "docs" / "training.md"
 CHECKPOINTS = ROOT / "docs" / "checkpoints.md"
@@ -18,6 +19,21 @@ CHECKPOINTS = ROOT / "docs" / "checkpoints.md"
 
 def names_in(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
+
+
+def test_the_arrows_are_the_imports() -> None:
+    (diagram,) = (b for b in blocks(ROOT / "docs" / "architecture.md") if b.language == "mermaid")
+    drawn = set(re.findall(r"(\w+) --> (\w+)", diagram.text))
+    found = set()
+    for file in FILES:
+        part = file.relative_to(SRC).parts[0].removesuffix(".py")
+        found |= {(part, other) for other in imported_parts(file) - {part, "version"}}
+    found = {(part, other) for part, other in found if part != "testing"}
+    assert drawn <= found, f"no such import: {drawn - found}"
+    follows = set(drawn)
+    while more := {(a, d) for a, b in follows for c, d in drawn if b == c} - follows:
+        follows |= more
+    assert found <= follows, f"not drawn: {found - follows}"
 
 
 @pytest.mark.parametrize("name", ["nano", "moe-2-of-4", "kimi-linear-48b-a3b"])
@@ -68,10 +84,9 @@ def test_the_metrics_are_those_that_are_written() -> None:
             returned = next(n.value for n in node.body if isinstance(n, ast.Return))
             assert isinstance(returned, ast.Dict)
             written |= {key.value for key in returned.keys if isinstance(key, ast.Constant)}
-        if isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Subscript):
-            if isinstance(target.value, ast.Name) and target.value.id == "record":
-                assert isinstance(target.slice, ast.Constant)
-                written.add(target.slice.value)
+        match node:
+            case ast.Assign(targets=[ast.Subscript(ast.Name("record"), ast.Constant(name))]):
+                written.add(name)
     listed = [name for names, *_ in rows(TRAINING, "metrics") for name in names_in(names)]
     assert sorted(listed) == sorted(written)
 

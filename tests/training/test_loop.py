@@ -24,7 +24,7 @@ from deltamoe.training.progress import Progress
 from deltamoe.training.signals import StopRequest
 from deltamoe.training.trainer import Trainer
 
-TIMES = {"tokens_per_s", "matmul_fraction"}  # what no two runs share
+TIMES = {"seconds", "tokens_per_s", "matmul_fraction"}  # what no two runs share
 
 
 @pytest.fixture(scope="session")
@@ -251,6 +251,23 @@ def test_a_full_disk_may_be_warned_about(run, whole, config, tmp_path, monkeypat
     assert records(tmp_path / "run") == records(whole)
     assert step_folders(tmp_path / "run") == []
     assert capsys.readouterr().err.count("Training goes on without it") == 3
+
+
+def test_too_little_room_is_said_before_the_first_step(run, config, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DoesNotFitError, match="3 more checkpoints"):
+        run(config(), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_sample_that_fails_does_not_stop_training(run, whole, config, tmp_path, capsys):
+    def sampler(model, step):
+        raise NonFiniteError("the logits are not finite")
+
+    run(config(train={"sample_every": 2}), tmp_path / "run", sampler=sampler)
+    assert records(tmp_path / "run") == records(whole)
+    assert "no sample: the logits are not finite" in capsys.readouterr().err
 
 
 def test_a_nan_stops_before_the_update_and_leaves_a_note(run, config, tmp_path, monkeypatch):

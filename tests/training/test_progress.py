@@ -8,6 +8,7 @@ from deltamoe.training.progress import Progress
 RECORD = {
     "step": 3,
     "loss": 2.5,
+    "seconds": 2.0,
     "tokens_per_s": 12345.6,
     "matmul_fraction": 0.31,
     "max_vio": {"1": 0.5, "2": 1.25},
@@ -19,7 +20,7 @@ def test_a_plain_line_says_it_all(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     with Progress() as progress:
-        progress.update({**RECORD, "validation_bits_per_byte": 2.125}, end=100, seconds=2.0)
+        progress.update({**RECORD, "validation_bits_per_byte": 2.125}, end=100)
     line = stream.getvalue()
     for part in (
         "step 3/100",
@@ -39,7 +40,7 @@ def test_plain_lines_come_every_few_seconds_and_at_the_end(monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream)
     with Progress(every=1e9) as progress:
         for step in range(1, 6):
-            progress.update({**RECORD, "step": step}, end=5, seconds=0.1)
+            progress.update({**RECORD, "step": step}, end=5)
     assert [line.split(" · ")[0] for line in stream.getvalue().splitlines()] == [
         "step 1/5",
         "step 5/5",
@@ -54,7 +55,7 @@ def test_a_closed_pipe_is_silence(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Closed())
     with Progress() as progress:
         progress.say("hello")
-        progress.update(RECORD, end=5, seconds=0.1)
+        progress.update(RECORD, end=5)
 
 
 def test_a_terminal_gets_a_live_line(monkeypatch):
@@ -65,7 +66,7 @@ def test_a_terminal_gets_a_live_line(monkeypatch):
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     with Progress() as progress:
-        progress.update(RECORD, end=5, seconds=0.1)
+        progress.update(RECORD, end=5)
         progress.say("a warning [not markup]")
     assert "step 3/5" in stream.getvalue()
     assert "a warning [not markup]" in stream.getvalue()

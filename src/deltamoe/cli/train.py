@@ -70,10 +70,11 @@ def command(
         _tell_plan(config, progress)
         tell = _preparation(stop, progress)
         data = prepare(config.data, progress=tell)
-        _tell_data(data, config, progress)
+        _tell_data(data, progress)
         if dry_run:
             found = rehearse(config, data, beside=folder)
             progress.say(
+                f"precision: {found.precision}\n"
                 f"dry run: a step took {found.seconds_per_step:.2f} s (loss {found.loss:.3f}), "
                 f"{size(found.peak_bytes)} of memory at most; a checkpoint of "
                 f"{size(found.checkpoint_bytes)} was written, read back and found equal"
@@ -114,19 +115,7 @@ def _tell_plan(config: RunConfig, progress: "Progress") -> None:
         )
 
 
-def _tell_data(data: "PreparedData", config: RunConfig, progress: "Progress") -> None:
-    import torch
-
-    from deltamoe.training.optimizer import newton_schulz_dtype
-    from deltamoe.training.trainer import device_of
-
-    device = device_of(config.train.device)
-    muon = str(newton_schulz_dtype(device)).removeprefix("torch.")
-    progress.say(
-        f"precision: weights, gradients and moments fp32, forward {config.train.precision}"
-        + (f", Muon's iterations {muon}" if config.optimizer.name == "muon" else "")
-        + f"; on {device} with {config.train.threads or torch.get_num_threads()} threads"
-    )
+def _tell_data(data: "PreparedData", progress: "Progress") -> None:
     train, validation = data.train, data.validation
     progress.say(
         f"data: {count(train.num_tokens)} tokens ({size(train.num_bytes)}) to train on, "

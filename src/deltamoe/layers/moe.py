@@ -69,7 +69,7 @@ class Moe(nn.Module):
             tokens, routing.expert_ids, self.config.num_experts, self._capacity(len(tokens))
         )
         answers = self.experts(routed.tokens, routed.counts)
-        y = combine(answers, routed.rows, routing.expert_weights).to(x.dtype).view_as(x)
+        y = combine(answers, routed, routing.expert_weights).to(x.dtype).view_as(x)
         if self.shared_expert is not None:
             y = y + self.shared_expert(x)
         dropped = routing.counts.sum() - routed.counts.sum()

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from deltamoe.ops.rows import inverse_of, move_rows
+
 __all__ = ["attend", "attend_absorbed", "attend_expanded", "attend_packed", "rotate"]
 
 
@@ -107,23 +109,30 @@ def attend_packed(
 
     Sequences of one length are attended together, so a batch of equal rows costs one call.
     """
-    borders = cu_seqlens.tolist()
-    spans: dict[int, list[int]] = {}
-    for start, stop in pairwise(borders):
+    starts_of: dict[int, list[int]] = {}
+    for start, stop in pairwise(cu_seqlens.tolist()):
         if stop > start:
-            spans.setdefault(stop - start, []).append(start)
-    places, parts = [], []
-    for length, starts in spans.items():
-        rows = torch.tensor(starts, device=latent.device)[:, None]
-        index = rows + torch.arange(length, device=latent.device)  # [sequences, length]
-        part = attend_expanded(
-            q_nope[0, index], q_rope[0, index], latent[0, index], rope_key[0, index], w_key, w_value
-        )
-        places.append(index.flatten())
-        parts.append(part.flatten(0, 1))
-    if not parts:
+            starts_of.setdefault(stop - start, []).append(start)
+    tokens = [x[0] for x in (q_nope, q_rope, latent, rope_key)]
+    if not starts_of:
         return q_nope.new_empty(1, 0, *w_value.shape[:2])
-    return torch.cat(parts)[torch.argsort(torch.cat(places))].unsqueeze(0)
+    by_length = torch.cat([_spans(starts, n, latent.device) for n, starts in starts_of.items()])
+    in_order = inverse_of(by_length, len(tokens[0]))
+    tokens = [move_rows(x, by_length, in_order) for x in tokens]
+    parts, done = [], 0
+    for length, starts in starts_of.items():
+        size = length * len(starts)
+        rows = [x[done : done + size].unflatten(0, (-1, length)) for x in tokens]
+        part = attend_expanded(rows[0], rows[1], rows[2], rows[3], w_key, w_value)
+        parts.append(part.flatten(0, 1))
+        done += size
+    return move_rows(torch.cat(parts), in_order, by_length).unsqueeze(0)
+
+
+def _spans(starts: list[int], length: int, device: torch.device) -> Tensor:
+    """The positions start .. start + length - 1 for each start, one after the other."""
+    offsets = torch.arange(length, device=device)
+    return (torch.tensor(starts, device=device)[:, None] + offsets).flatten()
 
 
 def rotate(

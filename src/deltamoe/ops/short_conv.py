@@ -6,7 +6,6 @@ Before a sequence's first token stand zeros, or the inputs carried over from an 
 Source: Kimi Linear (arXiv 2510.26692), section 4; the published modeling code.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from deltamoe.ops.rows import inverse_of, move_rows
 
 __all__ = ["short_conv"]
 
@@ -41,8 +42,7 @@ def short_conv(
     """
     batch, time, channels = x.shape
     width = weight.shape[1]
-    borders = [0, time] if cu_seqlens is None else cu_seqlens.tolist()
-    sequences = batch if cu_seqlens is None else len(borders) - 1
+    sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
     if past is None:
         past = x.new_zeros(sequences, width - 1, channels)
     past = past.to(x.dtype)
@@ -55,20 +55,20 @@ def short_conv(
         return y, padded.gather(1, last[..., None].expand(-1, -1, channels))
 
     # Each packed sequence gets its own past in front; what the taps make of the past is cut out.
-    pieces = [
-        piece
-        for n, (start, stop) in enumerate(pairwise(borders))
-        for piece in (past[n], x[0, start:stop])
-    ]
-    padded = torch.cat(pieces).unsqueeze(0)
-    ends = cu_seqlens[1:] + (width - 1) * torch.arange(1, sequences + 1, device=x.device)
-    sequence_of = torch.repeat_interleave(
-        torch.arange(sequences, device=x.device), cu_seqlens.diff(), output_size=time
-    )
-    here = torch.arange(time, device=x.device) + sequence_of * (width - 1)
-    y = _taps(padded, weight)[0].index_select(0, here).unsqueeze(0)
-    last = ends[:, None] + torch.arange(-(width - 1), 0, device=x.device)
-    return y, padded[0, last]
+    extra = width - 1
+    number = torch.arange(sequences, device=x.device)
+    sequence_of = number.repeat_interleave(cu_seqlens.diff(), output_size=time)
+    here = torch.arange(time, device=x.device) + (sequence_of + 1) * extra
+    first = cu_seqlens[:-1] + number * extra  # where each sequence's past begins
+    before = (first[:, None] + torch.arange(extra, device=x.device)).flatten()
+    target = torch.cat([here, before])
+    source = inverse_of(target, time + sequences * extra)
+    padded = move_rows(torch.cat([x[0], past.flatten(0, 1)]), source, target)
+    y = _taps(padded.unsqueeze(0), weight)[0]
+    here = here - extra  # the taps' results start with the first token that has a whole past
+    y = move_rows(y, here, inverse_of(here, len(y)))
+    last = cu_seqlens[1:, None] + number[:, None] * extra + torch.arange(extra, device=x.device)
+    return y.unsqueeze(0), padded[last]
 
 
 def _taps(padded: Tensor, weight: Tensor) -> Tensor:

@@ -27,12 +27,14 @@ class DryRun:
         loss: of that step, in nats a token.
         peak_bytes: the most memory in use: the device's, or this process's on a CPU.
         checkpoint_bytes: on disk.
+        precision: what was computed in which precision, and where.
     """
 
     seconds_per_step: float
     loss: float
     peak_bytes: int
     checkpoint_bytes: int
+    precision: str
 
 
 def dry_run(config: RunConfig, data: PreparedData, *, beside: Path) -> DryRun:
@@ -65,6 +67,7 @@ def dry_run(config: RunConfig, data: PreparedData, *, beside: Path) -> DryRun:
         loss=report.loss,
         peak_bytes=peak_bytes,
         checkpoint_bytes=saved.manifest.num_bytes,
+        precision=trainer.precision,
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from deltamoe.checkpoint import lock_run, prune_checkpoints
 from deltamoe.config import RunConfig
 from deltamoe.data import PreparedData
-from deltamoe.errors import DoesNotFitError, Interrupted
+from deltamoe.errors import DeltamoeError, DoesNotFitError, Interrupted
 from deltamoe.model import HybridLM
 from deltamoe.plan import flops_per_token
 from deltamoe.training.balance import max_violation, num_dead_experts
@@ -113,13 +113,12 @@ class _Loop:
         )
         try:
             if not is_complete:
-                self._conclude(record, seconds=0.0)
+                self._conclude(record)
             while self.trainer.step < self.end:
                 started = time.perf_counter()
                 report = self._step()
-                seconds = time.perf_counter() - started
-                record = self._record(report, seconds)
-                self._conclude(record, seconds)
+                record = self._record(report, seconds=time.perf_counter() - started)
+                self._conclude(record)
         finally:
             self.metrics.close()
         return record
@@ -153,7 +152,7 @@ class _Loop:
                 "train.checkpoint_activations=true; `deltamoe plan` estimates what fits."
             ) from error
 
-    def _record(self, report: StepReport, seconds: float) -> Record:
+    def _record(self, report: StepReport, *, seconds: float) -> Record:
         optimizer = self.trainer.config.optimizer
         tokens_per_s = report.num_tokens / seconds
         loads = {str(layer): counts for layer, counts in report.counts.items()}
@@ -165,6 +164,7 @@ class _Loop:
             "muon_lr": optimizer.muon_lr * report.learning_rate_factor,
             "grad_norm": report.grad_norm,
             "tokens": self.trainer.num_tokens,
+            "seconds": seconds,
             "tokens_per_s": tokens_per_s,
             "matmul_fraction": tokens_per_s * self.flops_per_token / self.peak,
             "num_dropped": report.num_dropped,
@@ -175,7 +175,7 @@ class _Loop:
             "memory_norm": {str(layer): norm for layer, norm in report.memory_norms.items()},
         }
 
-    def _conclude(self, record: Record, seconds: float) -> None:
+    def _conclude(self, record: Record) -> None:
         """All that follows a step; the order makes every crash resumable without a gap."""
         config, step = self.config, self.trainer.step
         is_due = step == self.end or step % config.checkpoint_every == 0
@@ -187,7 +187,7 @@ class _Loop:
         if self.sampler and config.sample_every and step % config.sample_every == 0:
             self._sample(record)
         self.metrics.write(record)
-        self.progress.update(record, end=self.end, seconds=seconds)
+        self.progress.update(record, end=self.end)
         if self.stop.is_requested and not (step == self.end and self._is_finished(record)):
             if self.saved_step != step:
                 self._save(record)
@@ -218,9 +218,12 @@ class _Loop:
         if self.stop.is_requested:
             return
         self.trainer.model.eval()
-        with torch.no_grad():
-            record["sample"] = self.sampler(self.trainer.model, self.trainer.step)
-        self.progress.say(f"step {self.trainer.step} writes: {record['sample']}")
+        try:
+            with torch.no_grad():
+                record["sample"] = self.sampler(self.trainer.model, self.trainer.step)
+            self.progress.say(f"step {self.trainer.step} writes: {record['sample']}")
+        except DeltamoeError as error:  # a text less is no reason to stop training
+            self.progress.say(f"warning: no sample: {error}")
 
     def _save(self, record: Record) -> None:
         try:
@@ -240,6 +243,7 @@ class _Loop:
 
     def _greet(self) -> None:
         trainer = self.trainer
+        self.progress.say(f"precision: {trainer.precision}")
         if trainer.saved:
             self.progress.say(f"resuming {self.folder} at step {trainer.step}")
             threads = trainer.saved.get("threads")

@@ -5,11 +5,12 @@ TensorBoard if it is installed. A sink that fails (a full disk) is announced onc
 training. The measurements of a model are cheap enough for every step; they read parameters and
 states that exist anyway.
 
-A record holds ``step`` (updates done, from 1), ``loss`` (nats a token), ``lr``, ``grad_norm``,
-``tokens`` (seen since step 0), ``tokens_per_s``, ``matmul_fraction`` (the model's FLOPs over what
-the machine's matmul can do), ``balance_loss``; by layer ``load`` (tokens of each expert),
-``max_vio``, ``dead_experts``, ``half_life`` (tokens), ``memory_norm``; and, when measured,
-``validation_bits_per_byte``.
+A record holds ``step`` (updates done, from 1), ``loss`` (nats a token), ``balance_loss``, ``lr``,
+``muon_lr``, ``grad_norm``, ``num_dropped``, ``tokens`` (seen since step 0), ``seconds`` (of the
+step), ``tokens_per_s``, ``matmul_fraction`` (the model's FLOPs over what the machine's matmul can
+do); by layer ``load`` (tokens of each expert), ``max_vio``, ``dead_experts``, ``half_life`` (tokens)
+and ``memory_norm``; and, at their steps, ``validation_bits_per_byte``, ``validation_loss``,
+``validation_tokens`` and ``sample``.
 """
 
 import errno

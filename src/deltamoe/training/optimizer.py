@@ -37,18 +37,18 @@ class Rule(NamedTuple):
     has_weight_decay: bool
 
 
-# The first match decides. The router and beta_proj stay with AdamW: each of their rows is one
-# expert's or one head's own vector, and rows differ widely in how often they see a gradient;
-# equal singular values would lend the rare rows the step size of the busy ones.
+# The first match decides. beta_proj has a row for each head and nothing between them that an
+# orthogonal update could use. The router's weight goes with Muon, as in the published recipes:
+# after 120 steps of a small run the loss was AdamW's, with 1 dead expert instead of 5.
 RULES = (
     Rule(r"(embedding|head)\.weight", "adamw", True),
     Rule(r"(.*[._])?norm\.weight", "adamw", False),
     Rule(r".*\.(A_log|dt_bias)", "adamw", False),
     Rule(r".*\.[qkv]_conv\.weight", "adamw", True),
-    Rule(r".*\.(beta_proj|router|router\.noise_proj)\.weight", "adamw", True),
+    Rule(r".*\.(beta_proj|noise_proj)\.weight", "adamw", True),
     Rule(r".*\.([qkvo]|latent)_proj\.weight", "muon", True),
     Rule(r".*\.(q|decay|output_gate)_(down|up)\.weight", "muon", True),
-    Rule(r".*\.latent_up\.weight", "muon", True),
+    Rule(r".*\.(latent_up|router)\.weight", "muon", True),
     Rule(r".*\.(w_gate|w_up|w_down)(\.weight)?", "muon", True),
 )
 

@@ -30,21 +30,21 @@ class Progress:
         self._every = every
         self._next = 0.0
         self._validation = ""
-        self._recent_seconds: float | None = None
+        self._seconds_per_step: float | None = None
         self._live: Live | None = None
         if sys.stderr.isatty():
             self._live = _start_live()
 
-    def update(self, record: Record, *, end: int, seconds: float) -> None:
-        """Show the newest record of a run to step ``end``; its step took ``seconds``."""
-        smooth = self._recent_seconds
-        self._recent_seconds = seconds if smooth is None else 0.9 * smooth + 0.1 * seconds
+    def update(self, record: Record, *, end: int) -> None:
+        """Show the newest record of a run to step ``end``."""
+        seconds, smooth = record["seconds"], self._seconds_per_step
+        self._seconds_per_step = seconds if smooth is None else 0.9 * smooth + 0.1 * seconds
         if "validation_bits_per_byte" in record:
             self._validation = f"val {record['validation_bits_per_byte']:.3f} bits/byte"
         if self._live is None and record["step"] != end and time.monotonic() < self._next:
             return
         self._next = time.monotonic() + self._every
-        line = self._describe(record, end, self._recent_seconds)
+        line = self._describe(record, end, self._seconds_per_step)
         if self._live is None:
             self.say(line)
         else:

@@ -10,6 +10,7 @@ Knows nothing of models and optimizers.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 from deltamoe.checkpoint import (
@@ -26,7 +27,8 @@ from deltamoe.checkpoint.lock import LOCK
 from deltamoe.config import RunConfig, check_format, read_json, to_dict
 from deltamoe.config.parse import leaves
 from deltamoe.data import PreparedData
-from deltamoe.errors import CheckpointError, ConfigError
+from deltamoe.errors import CheckpointError, ConfigError, DoesNotFitError
+from deltamoe.plan import plan
 from deltamoe.version import __version__
 
 __all__ = ["CHANGEABLE", "enter_run", "require_enterable"]
@@ -36,7 +38,6 @@ DATA = "data.json"
 CHANGEABLE = frozenset(
     {
         "data.cache",
-        "data.path",
         "train.checkpoint_every",
         "train.device",
         "train.keep_checkpoints",
@@ -99,8 +100,10 @@ def enter_run(
     Raises:
         ConfigError: as ``require_enterable``.
         CheckpointError: the run was trained on other data, or none of its checkpoints is good.
+        DoesNotFitError: the disk has no room for the checkpoints to be kept and one more.
     """
     require_enterable(folder, config, resume=resume)
+    _require_room(folder, config)
     if (folder / CONFIG).exists():
         _require_same_data(folder, data)
         clean_run(folder)
@@ -111,6 +114,17 @@ def enter_run(
     data.tokenizer.save(folder)
     write_run_config(folder, config)
     return None
+
+
+def _require_room(folder: Path, config: RunConfig) -> None:
+    num_new = max(1, config.train.keep_checkpoints + 1 - len(step_folders(folder)))
+    needed = num_new * plan(config).training.checkpoint_bytes
+    free = shutil.disk_usage(folder).free
+    if free < needed and config.train.on_full_disk == "stop":
+        raise DoesNotFitError(
+            f"{folder}: {num_new} more checkpoints take about {needed:,} bytes and the disk has "
+            f"{free:,} free. Free some space, write elsewhere, or lower train.keep_checkpoints."
+        )
 
 
 def _require_same(folder: Path, recorded: RunConfig, wanted: RunConfig) -> None:

@@ -5,6 +5,7 @@ Nothing is raised from inside a handler, so no tensor is ever left half-updated 
 half-written. Knows nothing of training.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -56,3 +57,7 @@ class StopRequest:
         if self.name is not None:
             os._exit(128 + number)
         self.name = signal.Signals(number).name
+        with contextlib.suppress(OSError):  # not print: it may be in the middle of a line itself
+            os.write(
+                2, f"\n{self.name}: stopping after this step; again to exit at once\n".encode()
+            )

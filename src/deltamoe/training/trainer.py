@@ -129,6 +129,18 @@ class Trainer:
             for block in self.model.blocks:
                 block.compile()
 
+    @property
+    def precision(self) -> str:
+        """What is computed in which precision, and where, for people."""
+        threads = torch.get_num_threads()
+        where = f"on the CPU with {threads} threads" if self.device.type == "cpu" else "on CUDA"
+        muon = _name_of(self._newton_schulz_dtype)
+        return (
+            f"weights, gradients and moments fp32, forward {self.config.train.precision}"
+            + (f", Muon's iterations {muon}" if self.config.optimizer.name == "muon" else "")
+            + f"; {where}"
+        )
+
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of forward passes: bf16 where the model allows it, or none."""
         is_enabled = self.config.train.precision == "bf16"
@@ -190,7 +202,7 @@ class Trainer:
             "num_tokens": self.num_tokens,
             "loader": self.loader.position,
             "data": self.data.fingerprint,
-            "newton_schulz_dtype": str(self._newton_schulz_dtype).removeprefix("torch."),
+            "newton_schulz_dtype": _name_of(self._newton_schulz_dtype),
             "threads": torch.get_num_threads(),
             "versions": {
                 "deltamoe": __version__,
@@ -308,7 +320,11 @@ class Trainer:
         )
 
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, known in _DTYPES.items() if known == dtype)
 
 
 def device_of(name: str) -> torch.device:

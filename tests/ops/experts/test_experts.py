@@ -47,7 +47,7 @@ def sorted_by_expert(x, w_gate, w_up, w_down, weights, ids, backend) -> torch.Te
     if module is None:  # the grouped product also runs on the CPU, it is only not chosen there
         from deltamoe.ops.experts import grouped as module
     answers = module.run_experts(routed.tokens, routed.counts, w_gate, w_up, w_down)
-    return combine(answers, routed.rows, weights)
+    return combine(answers, routed, weights)
 
 
 @pytest.mark.parametrize("backend", [b.name for b in BACKENDS["experts"]])
@@ -113,6 +113,6 @@ def test_a_full_expert_drops_second_choices_first() -> None:
     assert routed.rows[3, 1] == dropped  # the last second choice of expert 0
     assert (routed.rows == dropped).sum() == 1
     weights = torch.ones(4, 2, dtype=torch.float64)
-    y = combine(routed.tokens, routed.rows, weights)  # experts that answer with the token itself
+    y = combine(routed.tokens, routed, weights)  # experts that answer with the token itself
     torch.testing.assert_close(y[:3], 2 * x[:3])
     torch.testing.assert_close(y[3], x[3])  # a dropped assignment adds nothing

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from deltamoe.ops.rows import inverse_of, move_rows
+
 __all__ = ["Routed", "combine", "dispatch"]
 
 
@@ -19,11 +21,13 @@ class Routed(NamedTuple):
         tokens: [R, D], sorted by expert; within an expert first choices come first.
         counts: [E] rows of each expert.
         rows: [N, A] where each assignment's row is; R for one that was dropped.
+        assignments: [R] the inverse: ``n A + a`` of the assignment a row belongs to.
     """
 
     tokens: Tensor
     counts: Tensor
     rows: Tensor
+    assignments: Tensor
 
 
 def dispatch(
@@ -50,16 +54,16 @@ def dispatch(
         place = torch.arange(N * A, device=x.device) - starts[by_rank[order]]
         order = order[place < capacity]
         counts = counts.clamp(max=capacity)
-    rows = torch.full((A * N,), len(order), dtype=torch.int64, device=x.device)
-    rows[order] = torch.arange(len(order), device=x.device)
-    return Routed(x[order % N], counts, rows.view(A, N).t())
+    assignments = order % N * A + order // N
+    rows = inverse_of(assignments, N * A)
+    copies = x.unsqueeze(1).expand(-1, A, -1).flatten(0, 1)  # [N A, D]
+    return Routed(move_rows(copies, assignments, rows), counts, rows.view(N, A), assignments)
 
 
 def combine(
-    answers: Float[Tensor, "R D"], rows: Int[Tensor, "N A"], weights: Float[Tensor, "N A"]
+    answers: Float[Tensor, "R D"], routed: Routed, weights: Float[Tensor, "N A"]
 ) -> Float[Tensor, "N D"]:
     """Sum each token's answers by its weights, in the weights' dtype (fp32); dropped ones add 0."""
-    if answers.shape[0] < rows.numel():
-        answers = torch.cat([answers, answers.new_zeros(1, answers.shape[1])])
-    chosen = answers[rows.flatten()].view(*rows.shape, -1)  # [N, A, D]
-    return torch.einsum("nad,na->nd", chosen.to(weights.dtype), weights).to(answers.dtype)
+    chosen = move_rows(answers, routed.rows.flatten(), routed.assignments)
+    chosen = chosen.view(*routed.rows.shape, -1).to(weights.dtype)  # [N, A, D]
+    return (chosen * weights.unsqueeze(-1)).sum(dim=1).to(answers.dtype)

@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from deltamoe.ops.kda import reference
 from deltamoe.ops.kda.shapes import compute_dtype, initial_memory, repeat_heads
+from deltamoe.ops.rows import inverse_of, move_rows
 
 __all__ = ["kda_chunk", "kda_recurrent"]
 
@@ -88,8 +89,9 @@ class _Layout:
         chunk: C, a power of two.
         active: how many sequences have a first, second, ... chunk.
         order: sequences from long to short; None when all are equally long.
-        index: [chunks * C] which token stands here, ``batch * time`` for padding; None when
+        source: [chunks * C] which token stands here, ``batch * time`` for padding; None when
             equally long sequences need only be cut and transposed.
+        target: [batch * time] where each token stands.
     """
 
     batch: int
@@ -97,7 +99,8 @@ class _Layout:
     chunk: int
     active: tuple[int, ...]
     order: Tensor | None = None
-    index: Tensor | None = None
+    source: Tensor | None = None
+    target: Tensor | None = None
 
     @staticmethod
     def of(batch: int, time: int, cu_seqlens: Tensor | None, chunk_size: int) -> "_Layout":
@@ -117,28 +120,29 @@ class _Layout:
         by_chunk = tokens.view(len(lengths), -1, chunk).transpose(0, 1)  # [ordinal, sequence, C]
         occupied = by_chunk[..., 0] < batch * time
         active = tuple(int(n) for n in occupied.sum(dim=1).tolist())
-        return _Layout(batch, time, chunk, active, order, by_chunk[occupied].flatten())
+        source = by_chunk[occupied].flatten()
+        return _Layout(batch, time, chunk, active, order, source, inverse_of(source, batch * time))
 
     def to_chunks(self, x: Tensor) -> Tensor:
         """[B, T, H, channels] -> [chunks, H, C, channels], zeros where no token stands."""
         _, _, heads, channels = x.shape
-        if self.index is None:
+        if self.source is None or self.target is None:
             pad = -self.time % self.chunk
             x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pad))
             x = x.view(self.batch, -1, self.chunk, heads, channels)
             return x.permute(1, 0, 3, 2, 4).reshape(-1, heads, self.chunk, channels)
-        x = torch.cat([x.flatten(0, 1), x.new_zeros(1, heads, channels)])
-        return x[self.index].view(-1, self.chunk, heads, channels).transpose(1, 2).contiguous()
+        x = move_rows(x.flatten(0, 1), self.source, self.target)
+        return x.view(-1, self.chunk, heads, channels).transpose(1, 2).contiguous()
 
     def from_chunks(self, x: Tensor) -> Tensor:
         """[chunks, H, C, channels] -> [B, T, H, channels]."""
         _, heads, _, channels = x.shape
-        if self.index is None:
+        if self.source is None or self.target is None:
             x = x.view(-1, self.batch, heads, self.chunk, channels).permute(1, 0, 3, 2, 4)
             return x.reshape(self.batch, -1, heads, channels)[:, : self.time]
-        rows = x.new_zeros(self.batch * self.time + 1, heads, channels)
-        rows = rows.index_copy(0, self.index, x.transpose(1, 2).reshape(-1, heads, channels))
-        return rows[:-1].view(self.batch, self.time, heads, channels)
+        rows = x.transpose(1, 2).reshape(-1, heads, channels)
+        rows = move_rows(rows, self.target, self.source)
+        return rows.view(self.batch, self.time, heads, channels)
 
     def sort(self, memory: Tensor) -> Tensor:
         """Put the memories in the order of the chunks."""
@@ -293,16 +297,29 @@ def _within_chunks(
     for half, prefix, suffix in _levels(decay):
         if half == decay.shape[-2]:
             break
-        right = torch.cat(
-            [_halves(x, half)[1] * _halves(prefix, half)[1] for x in (q, k_beta)], dim=-2
-        )
-        left = _halves(k, half)[0] * _halves(suffix, half)[0]
+        right, left = _scaled_halves(q, k_beta, k, prefix, suffix, half)
         reads, recalls = (right @ left.transpose(-1, -2)).split(half, dim=-2)
         first, second = inverse.unflatten(-3, (-1, 2)).unbind(-3)
         inverse = _merge(first, second, -(second @ (recalls @ first)))
         upper, lower = q_on_k.unflatten(-3, (-1, 2)).unbind(-3)
         q_on_k = _merge(upper, lower, reads)
     return q_on_k.squeeze(-3), inverse.squeeze(-3), prefix, suffix
+
+
+def _scaled_halves(
+    q: Tensor, k_beta: Tensor, k: Tensor, prefix: Tensor, suffix: Tensor, half: int
+) -> tuple[Tensor, Tensor]:
+    """Right halves of q and beta k times the prefix, one below the other; left of k, the suffix.
+
+    Returns:
+        [..., C / 2 half, 2 half, K] and [..., C / 2 half, half, K]; a row of the first times a
+        row of the second is what the one reads of what the other wrote.
+    """
+    scale = _halves(prefix, half)[1]
+    right = scale.new_empty(*scale.shape[:-2], 2 * half, scale.shape[-1])
+    torch.mul(_halves(q, half)[1], scale, out=right[..., :half, :])
+    torch.mul(_halves(k_beta, half)[1], scale, out=right[..., half:, :])
+    return right, _halves(k, half)[0] * _halves(suffix, half)[0]
 
 
 def _merge(first: Tensor, second: Tensor, below: Tensor) -> Tensor:
@@ -329,8 +346,7 @@ def _pairs_backward(
         if half == decay.shape[-2]:
             break
         prefix_right, suffix_left = _halves(prefix, half)[1], _halves(suffix, half)[0]
-        right = torch.cat([_halves(x, half)[1] * prefix_right for x in (q, k_beta)], dim=-2)
-        left = _halves(k, half)[0] * suffix_left
+        right, left = _scaled_halves(q, k_beta, k, prefix, suffix, half)
         d_pairs = torch.cat([_below(d_q_on_k, half), _below(d_L, half)], dim=-2)
         d_rows_q, d_rows_k = (d_pairs @ left).split(half, dim=-2)
         _halves(row_q, half)[1].addcmul_(d_rows_q, prefix_right)
