@@ -6,6 +6,8 @@ Prints medians and ratios of one run. The floor is the same run's fp32 matrix pr
 T H (640 K + 6 K V) useful operations forward (64-row tiles).
 """
 
+from functools import partial
+
 import torch
 from machine import describe, median_seconds
 from torch import Tensor
@@ -54,11 +56,11 @@ def main() -> None:
     seconds = {}
     for name, (function, backend, repeats) in rows.items():
         seconds[name] = [
-            median_seconds(lambda run=run: run(function, tensors, backend=backend), repeats)
+            median_seconds(partial(run, function, tensors, backend=backend), repeats)
             for run in (forward, both)
         ]
         one, two = seconds[name]
-        print(f"{name:28s} {one * 1e3:10.1f} ms {two * 1e3:17.1f} ms")
+        print(f"{name:28s} {one * 1e3:10.1f} ms {two * 1e3:17.1f} ms", flush=True)
     ours, slow = seconds["chunk, dyadic"], seconds["recurrent, reference"]
     useful = T * H * (640 * K + 6 * K * V)
     print(
@@ -69,7 +71,7 @@ def main() -> None:
     print("\nprefill, dyadic: the cost of a token must not grow with the length")
     for T in (1024, 2048, 4096, 8192, 16384):
         tensors = [x.detach() for x in inputs(T)]
-        each = median_seconds(lambda t=tensors: forward(kda_chunk, t), 3) / T
+        each = median_seconds(partial(forward, kda_chunk, tensors), 3) / T
         print(f"T = {T:6d}: {each * 1e6:7.2f} us a token")
 
 

@@ -9,7 +9,6 @@
 import resource
 import subprocess
 import sys
-
 from typing import Any
 from unittest.mock import patch
 

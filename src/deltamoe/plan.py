@@ -151,7 +151,7 @@ def _mlp_weights(name: str, dim: int, hidden: int, part: Part) -> Iterator[Weigh
 
 def _moe_weights(moe: MoeConfig, dim: int) -> Iterator[Weight]:
     experts, hidden = moe.num_experts, moe.expert_dim
-    yield _adamw("channel.router.weight", (experts, dim), "router")
+    yield _muon("channel.router.weight", (experts, dim), "router")
     if moe.has_balance_bias:
         bias = Weight("channel.router.balance_bias", (experts,), "router", None, "none", experts)
         yield bias._replace(is_fp32=True)

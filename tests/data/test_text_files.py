@@ -121,3 +121,13 @@ def test_walk_keeps_out_of_folders_it_is_told_of(corpus):
         (corpus / name / "a.py").write_text("1")
     found = walk(corpus, ending=".py", without=frozenset({"tests"}))
     assert found == [corpus / "kept" / "a.py"]
+
+
+def test_a_cache_below_the_folder_is_not_read(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "CACHEDIR.TAG").write_text(
+        "Signature: 8a477f597d28d172789f06886806bc55\n"
+    )
+    (tmp_path / "cache" / "tokenizer.json").write_text("{}")
+    assert [file.name for file in walk(tmp_path)] == ["a.txt"]

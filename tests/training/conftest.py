@@ -10,7 +10,6 @@ import torch
 from deltamoe.config import BalanceConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from deltamoe.data import PreparedData
 from deltamoe.testing import tiny_config
-from deltamoe.training.progress import Progress
 
 MakeRun = Callable[..., RunConfig]
 
@@ -44,14 +43,13 @@ def config() -> MakeRun:
     return make_config
 
 
-@pytest.fixture(scope="session")
-def data() -> PreparedData:
+def make_data() -> PreparedData:
     texts = [
         f"The {i}th of {n} sheep jumps over the fence. " * 2 for n in range(6) for i in range(n)
     ]
     return PreparedData.in_memory(texts, ["Sheep number one sleeps, and so does number two. "] * 5)
 
 
-@pytest.fixture
-def quiet() -> Progress:
-    return Progress(every=1e9)
+@pytest.fixture(scope="session")
+def data() -> PreparedData:
+    return make_data()

@@ -1,13 +1,15 @@
 """One step: its arithmetic, its resumption bit for bit, and what it does with a NaN."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from deltamoe.checkpoint import open_checkpoint
 from deltamoe.config import RunConfig
-from deltamoe.errors import ConfigError
+from deltamoe.errors import CheckpointError, ConfigError
 from deltamoe.plan import weights
 from deltamoe.testing import tiny_config
 from deltamoe.training.nonfinite import StepNotFiniteError
@@ -105,6 +107,22 @@ def test_recomputing_activations_changes_nothing(config, data):
     assert_same_future(kept, recomputed, num_steps=2)
 
 
+@pytest.mark.slow
+def test_compiled_parts_compute_the_same():
+    # In a process of its own, for the compiler cannot see through the checks of jaxtyping.
+    program = (
+        "from tests.training.conftest import make_config, make_data\n"
+        "from deltamoe.training.trainer import Trainer\n"
+        "for is_compiled in (False, True):\n"
+        "    config = make_config(train={'compile': is_compiled})\n"
+        "    print(Trainer(config, make_data()).train_step().loss)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    plain, compiled = map(float, done.stdout.split())
+    assert compiled == pytest.approx(plain, rel=1e-5)  # fp32, fused in another order
+
+
 def test_training_learns(config, data):
     trainer = Trainer(config(train={"steps": 20}), data)
     losses = [trainer.train_step().loss for _ in range(20)]
@@ -162,6 +180,15 @@ def test_a_nan_gradient_in_one_expert_is_named(config, data):
     trainer.model.get_parameter("blocks.2.channel.experts.w_up").register_hook(poison)
     with pytest.raises(StepNotFiniteError, match=r"w_up \(expert 3\)"):
         trainer.train_step()
+
+
+def test_weights_that_are_not_finite_are_never_saved(config, data, tmp_path):
+    trainer = Trainer(config(), data)
+    with torch.no_grad():
+        trainer.model.get_parameter("head.weight")[3, 2] = math.inf
+    with pytest.raises(CheckpointError, match=r"head\.weight"):
+        trainer.save(tmp_path, record={})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(config, data):

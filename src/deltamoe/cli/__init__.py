@@ -100,6 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; None takes the process's own.
     """
+    # Threads that spin at a barrier starve the very thread they wait for as soon as another program
+    # wants a core: a training step then takes ten times as long. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     color = False if "NO_COLOR" in os.environ else None
     debug = False

@@ -66,7 +66,7 @@ def _source_options(verb: Callable[..., None]) -> Callable[..., None]:
 @click.option("--out", type=click.Path(path_type=Path), help="A new folder, not the cache.")
 @_source_options
 def prepare(config: DataConfig, out: Path | None, workers: int | None) -> None:
-    r"""Tokenise SOURCE into a folder, unless that was done before.
+    """Tokenise SOURCE into a folder, unless that was done before.
 
     \b
     deltamoe data prepare stdlib --tokenizer bpe:4096

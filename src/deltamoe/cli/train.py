@@ -22,8 +22,17 @@ __all__ = ["command"]
 
 _SAMPLE_TOKENS = 100
 
+_EXAMPLES = """\b
+Examples:
+  deltamoe train nano --out runs/nano
+  deltamoe train nano --out runs/long train.steps=2k optimizer.lr=2e-3
+  deltamoe train --resume runs/nano
+  deltamoe train --resume runs/nano train.steps=2k
+  deltamoe train nano --dry-run
+"""
 
-@click.command("train")
+
+@click.command("train", epilog=_EXAMPLES)
 @click.argument("source", metavar="PRESET|FILE|RUN")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder; new or empty.")
@@ -38,14 +47,7 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    r"""Train a model; what happens is told on standard error.
-
-    \b
-    deltamoe train nano --out runs/nano
-    deltamoe train nano --out runs/long train.steps=2k optimizer.lr=2e-3
-    deltamoe train --resume runs/nano
-    deltamoe train --resume runs/nano train.steps=2k
-    deltamoe train nano --dry-run
+    """Train a model, or go on training one; what happens is told on standard error.
 
     SIGTERM and Ctrl-C write a checkpoint and exit with 75; a second one exits at once.
     With --out, --resume goes on with the run there or starts it: the same command can be repeated.

@@ -151,11 +151,12 @@ class TrainConfig:
     Attributes:
         steps: optimizer steps of the whole run; schedules follow this number.
         stop_at: stop early with a checkpoint after this step; None runs to ``steps``.
-        seed: initial weights, data order, dropout and router noise.
+        seed: initial weights, data order and router noise.
         accumulate: micro-batches in one step.
         precision: "fp32" or "bf16" (autocast; decay, routing, norms and loss stay fp32).
         device: "auto", "cpu", "cuda" or "cuda:N".
-        compile: run the blocks through torch.compile.
+        compile: run norms and dense channels through torch.compile; the operators have kernels
+            of their own.
         checkpoint_activations: recompute each block in the backward pass.
         checkpoint_every: steps between checkpoints; one is always written at the end.
         keep_checkpoints: the newest this many are kept.

@@ -13,7 +13,10 @@ from pathlib import Path
 
 from deltamoe.checkpoint.durable import storage_faults, sync_file, sync_folder
 
-__all__ = ["cache_folder", "new_folder"]
+__all__ = ["TAG", "cache_folder", "mark_as_cache", "new_folder"]
+
+TAG = "CACHEDIR.TAG"
+"""The name of the file that marks a folder as a cache (bford.info/cachedir)."""
 
 _UNFINISHED = ".unfinished"
 
@@ -26,6 +29,13 @@ def cache_folder(configured: str | None) -> Path:
     # The XDG rule: a path that is not absolute is to be ignored.
     base = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
     return base / "deltamoe"
+
+
+def mark_as_cache(folder: Path) -> None:
+    """Tag a folder, so that no source that happens to lie around it reads what is in it."""
+    with storage_faults(folder, _existing(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TAG).write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
 
 
 @contextlib.contextmanager

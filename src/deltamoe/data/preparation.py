@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from deltamoe.config import DataConfig
 from deltamoe.data.builtin import BUILT_IN
-from deltamoe.data.cache import cache_folder, new_folder
+from deltamoe.data.cache import cache_folder, mark_as_cache, new_folder
 from deltamoe.data.document import Document, Source
 from deltamoe.data.manifest import FORMAT, Manifest, write_manifest
 from deltamoe.data.prepared import PreparedData, is_prepared, open_prepared
@@ -79,6 +79,8 @@ def prepare(
     if out is not None:
         _require_place(out, list(sources), list(opened))
 
+    if out is None:
+        mark_as_cache(cache_folder(config.cache))
     tokenizer = _tokenizer(config, list(sources.values()), list(opened.values()), work)
     for name, source in sources.items():
         folder = out or _place(config, source, tokenizer)

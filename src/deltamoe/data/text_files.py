@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deltamoe.config import open_regular
+from deltamoe.data.cache import TAG
 from deltamoe.data.document import (
     Document,
     Skipped,
@@ -149,10 +150,14 @@ def walk(root: Path, *, ending: str = "", without: frozenset[str] = frozenset())
     Args:
         root: the folder.
         ending: how a file's name must end.
-        without: names of folders that are not entered; hidden ones and __pycache__ never are.
+        without: names of folders that are not entered; hidden ones, __pycache__ and caches marked
+            by CACHEDIR.TAG never are.
     """
     found = []
     for parent, folders, files in os.walk(root):
+        if TAG in files:  # a cache, perhaps our own, that happens to lie below the source
+            folders.clear()
+            continue
         folders[:] = [
             name
             for name in folders

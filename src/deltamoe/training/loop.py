@@ -73,6 +73,8 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     with lock_run(folder):
         checkpoint = enter_run(folder, config, data, resume=resume)
+        if resume and checkpoint is None:
+            progress.say(f"{folder}: no checkpoint yet, so training starts at step 0")
         trainer = Trainer(config, data, checkpoint=checkpoint)
         return _Loop(trainer, folder, stop, progress, sampler).run()
 

@@ -8,9 +8,9 @@ states that exist anyway.
 A record holds ``step`` (updates done, from 1), ``loss`` (nats a token), ``balance_loss``, ``lr``,
 ``muon_lr``, ``grad_norm``, ``num_dropped``, ``tokens`` (seen since step 0), ``seconds`` (of the
 step), ``tokens_per_s``, ``matmul_fraction`` (the model's FLOPs over what the machine's matmul can
-do); by layer ``load`` (tokens of each expert), ``max_vio``, ``dead_experts``, ``half_life`` (tokens)
-and ``memory_norm``; and, at their steps, ``validation_bits_per_byte``, ``validation_loss``,
-``validation_tokens`` and ``sample``.
+do); by layer ``load`` (tokens of each expert), ``max_vio``, ``dead_experts``, ``half_life`` (in
+tokens) and ``memory_norm``; and, at their steps, ``validation_bits_per_byte``,
+``validation_loss``, ``validation_tokens`` and ``sample``.
 """
 
 import errno

@@ -23,6 +23,7 @@ from torch import Tensor
 from deltamoe.checkpoint import (
     Checkpoint,
     read_tensors,
+    require_finite,
     write_checkpoint,
     write_tensors,
 )
@@ -30,6 +31,7 @@ from deltamoe.checkpoint.folder import CONFIG, OPTIMIZER, TOKENIZER, TRAIN_STATE
 from deltamoe.config import ModelConfig, RunConfig, check_format, read_json, to_json
 from deltamoe.data import NO_TARGET, Batch, Loader, PreparedData
 from deltamoe.errors import BackendUnavailableError, CheckpointError, ConfigError
+from deltamoe.layers import Mlp, RMSNorm
 from deltamoe.model import HybridLM, Routing
 from deltamoe.plan import plan
 from deltamoe.training.balance import (
@@ -126,8 +128,7 @@ class Trainer:
             self.model.initialize(config.train.seed)
         self.model.checkpoint_activations = config.train.checkpoint_activations
         if config.train.compile:
-            for block in self.model.blocks:
-                block.compile()
+            self._compile()
 
     @property
     def precision(self) -> str:
@@ -194,8 +195,9 @@ class Trainer:
 
         Raises:
             DoesNotFitError: the disk is full.
-            CheckpointError: the disk refused otherwise.
+            CheckpointError: the disk refused otherwise, or a weight is not finite.
         """
+        require_finite(self.model.state_dict(), source=f"the weights of step {self.step}")
         state = {
             "format": 1,
             "step": self.step,
@@ -230,6 +232,13 @@ class Trainer:
         weights = checkpoint.file(WEIGHTS)
         self.model.load_state_dict(read_tensors(weights, expected=self.model.state_dict()))
         self.optimizer.load_named_state(read_tensors(checkpoint.file(OPTIMIZER)))
+
+    def _compile(self) -> None:
+        # What stands between the operators. Those have kernels of their own, and their loops over
+        # chunks and experts would take minutes to compile.
+        for module in self.model.modules():
+            if isinstance(module, RMSNorm | Mlp):
+                module.compile(dynamic=True)
 
     def _seed(self) -> None:
         words = f"deltamoe {self.config.train.seed} {self.step}"
