@@ -63,7 +63,7 @@ def command(
     click.echo(f"\ntraining\n{_training(run, costs)}")
     click.echo(f"\ngenerating in {costs.generation.dtype}\n{_generation(costs)}")
     if assumptions:
-        click.echo("\nassumed, where the source is silent")
+        click.echo("\nassumptions")
         for sentence in assumptions:
             click.echo(click.wrap_text(sentence, 96, "  - ", "    "))
 
