@@ -65,5 +65,5 @@ def combine(
 ) -> Float[Tensor, "N D"]:
     """Sum each token's answers by its weights, in the weights' dtype (fp32); dropped ones add 0."""
     chosen = move_rows(answers, routed.rows.flatten(), routed.assignments)
-    chosen = chosen.view(*routed.rows.shape, -1).to(weights.dtype)  # [N, A, D]
+    chosen = chosen.unflatten(0, routed.rows.shape).to(weights.dtype)  # [N, A, D]
     return (chosen * weights.unsqueeze(-1)).sum(dim=1).to(answers.dtype)
