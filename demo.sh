@@ -10,10 +10,6 @@ echo "── training: about ten minutes on two cores; Ctrl-C saves, and the sam
     data.path=sotu train.sample_prompt="Fellow citizens"
 
 echo
-echo "── what it makes of text it has never seen, beside xz and a 5-gram ──"
-"$deltamoe" eval "$run" --baselines
-
-echo
 echo "── what it writes ──"
 prompt="Fellow citizens, the state of our"
 printf '%s' "$prompt"
@@ -33,6 +29,7 @@ cat <<END
 The run is in $run. Some next steps:
   $deltamoe chat $run
   $deltamoe generate $run --prompt "In the coming year" --temperature 0.7
+  $deltamoe eval $run --baselines                     where it is good and where not
   $deltamoe inspect $run
   $deltamoe train --resume $run train.steps=2k        go on training
 END

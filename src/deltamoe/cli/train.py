@@ -82,7 +82,9 @@ def command(
                 f"{size(found.checkpoint_bytes)} was written, read back and found equal"
             )
             return
-        _tell_baselines(data, tell, progress)
+        to_beat = _baselines(data, tell)
+        for line in to_beat:
+            progress.say(line)
         record = train(
             config,
             folder,
@@ -92,6 +94,10 @@ def command(
             resume=resume,
             sampler=_sampler(config, data, stop),
         )
+        if reached := record.get("validation_bits_per_byte"):
+            progress.say(f"on text it has never seen: {reached:.3f} bits/byte")
+            for line in to_beat:
+                progress.say(line)
         progress.say(f"done: deltamoe generate {folder} --prompt '…'")
     if as_json:
         click.echo(json.dumps(record))
@@ -125,15 +131,18 @@ def _tell_data(data: "PreparedData", progress: "Progress") -> None:
     )
 
 
-def _tell_baselines(data: "PreparedData", tell: Callable[..., None], progress: "Progress") -> None:
+def _baselines(data: "PreparedData", tell: Callable[..., None]) -> list[str]:
+    """What a 5-gram and xz make of each source's held-out text, a line each."""
     from deltamoe.data import measure_baselines
 
+    lines = []
     for source in data.sources:
         found = measure_baselines(data.tokenizer, source, tell)
-        progress.say(
+        lines.append(
             f"to beat on {source.name}: 5-gram {found.ngram:.3f} bits/byte, "
             f"xz {found.xz:.3f}, xz that has read the training text {found.xz_given_train:.3f}"
         )
+    return lines
 
 
 def _preparation(stop: "StopRequest", progress: "Progress") -> Callable[..., None]:
