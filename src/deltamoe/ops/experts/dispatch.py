@@ -64,6 +64,6 @@ def combine(
     answers: Float[Tensor, "R D"], routed: Routed, weights: Float[Tensor, "N A"]
 ) -> Float[Tensor, "N D"]:
     """Sum each token's answers by its weights, in the weights' dtype (fp32); dropped ones add 0."""
-    chosen = move_rows(answers, routed.rows.flatten(), routed.assignments)
-    chosen = chosen.unflatten(0, routed.rows.shape).to(weights.dtype)  # [N, A, D]
+    rows = move_rows(answers, routed.rows.flatten(), routed.assignments)
+    chosen: Tensor = rows.unflatten(0, routed.rows.shape).to(weights.dtype)  # [N, A, D]
     return (chosen * weights.unsqueeze(-1)).sum(dim=1).to(answers.dtype)
