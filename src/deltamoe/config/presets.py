@@ -267,7 +267,9 @@ PRESETS: dict[str, Preset] = {
     "mini": Preset(
         summary="8 layers: about an hour on two CPU cores",
         config=_for_an_hour(rung(8), steps=300, accumulate=1),
-        assumptions=("an hour: 2.5 M tokens at 570 to 890 a second, measured over 4 steps on two cores",),
+        assumptions=(
+            "an hour: 2.5 M tokens at 570 to 890 a second, measured over 4 steps on two cores",
+        ),
     ),
     "small": Preset(
         summary="16 layers: about an hour on one GPU",
