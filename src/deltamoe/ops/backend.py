@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 
 from deltamoe.errors import BackendUnavailableError
+from deltamoe.ops import native
 
 __all__ = ["Backend", "BackendRow", "select", "table"]
 
@@ -66,9 +67,21 @@ def _needs_fla(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _needs_native(library: str) -> Callable[[str, torch.dtype], str | None]:
+    def why_not(device_type: str, dtype: torch.dtype) -> str | None:
+        if device_type != "cpu":
+            return f"it runs on the CPU and the tensors are on {device_type!r}"
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"it computes in fp32 and bf16, and the tensors are {dtype}"
+        return native.why_not(library)
+
+    return why_not
+
+
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "kda": (
         Backend("fla", "deltamoe.ops.kda.fla", _needs_fla),
+        Backend("native", "deltamoe.ops.kda.native", _needs_native("kda")),
         Backend("dyadic", "deltamoe.ops.kda.dyadic", _anywhere),
         Backend("reference", "deltamoe.ops.kda.reference", _anywhere),
     ),

@@ -1,0 +1,140 @@
+// Vectors of fp32 as wide as the machine has them, and what the operators here do with them.
+//
+// Written with GCC's and Clang's vector types, so that one text serves AVX-512, AVX2 and others.
+// bf16 is a storage format only: it is read and written here, and never computed in.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef float vec_u __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+static inline vec load(const float* p) { return *reinterpret_cast<const vec_u*>(p); }
+static inline void store(float* p, vec x) { *reinterpret_cast<vec_u*>(p) = x; }
+static inline vec splat(float x) { return x - vec{}; }
+
+// The numbers of two vectors taken in turn: the first halves', and the second halves'.
+#if defined(__AVX512F__)
+#define INTERLEAVE_LOW(a, b) \
+  __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define INTERLEAVE_HIGH(a, b) \
+  __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif defined(__AVX__)
+#define INTERLEAVE_LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define INTERLEAVE_HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+#define INTERLEAVE_LOW(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define INTERLEAVE_HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#endif
+
+// to[j * to_row + i] = from[i * from_row + j] for LANES x LANES numbers.
+static inline void transpose_square(const float* from, ptrdiff_t from_row, float* to,
+                                    ptrdiff_t to_row) {
+  vec a[LANES], b[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) a[i] = load(from + i * from_row);
+#pragma GCC unroll 4
+  for (int stage = 1; stage < LANES; stage *= 4) {  // two rounds of the shuffle a turn
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; i++) {
+      b[2 * i] = INTERLEAVE_LOW(a[i], a[i + LANES / 2]);
+      b[2 * i + 1] = INTERLEAVE_HIGH(a[i], a[i + LANES / 2]);
+    }
+    if (stage * 2 >= LANES) {  // an odd number of rounds: 8 lanes need three
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) a[i] = b[i];
+      break;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; i++) {
+      a[2 * i] = INTERLEAVE_LOW(b[i], b[i + LANES / 2]);
+      a[2 * i + 1] = INTERLEAVE_HIGH(b[i], b[i + LANES / 2]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) store(to + i * to_row, a[i]);
+}
+
+// to [columns, rows] = from [rows, columns] transposed; both multiples of LANES.
+static inline void transpose(int rows, int columns, const float* from, ptrdiff_t from_row,
+                             float* to, ptrdiff_t to_row) {
+  for (int i = 0; i < rows; i += LANES)
+    for (int j = 0; j < columns; j += LANES)
+      transpose_square(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
+}
+
+static inline float sum(vec x) {
+#if defined(__AVX512F__)
+  x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+#elif defined(__AVX__)
+  x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+  x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+#else
+  x += __builtin_shufflevector(x, x, 2, 3, 0, 1);
+#endif
+  return x[0] + x[1];
+}
+
+struct bf16 {
+  uint16_t bits;
+};
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float result;
+  memcpy(&result, &bits, 4);
+  return result;
+}
+
+template <class T>
+static inline T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline bf16 from_float<bf16>(float x) {  // to nearest, ties to even; a NaN stays one
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return {uint16_t(x == x ? rounded : 0x7fc0)};
+}
+
+// e^x to 2 ulp: 0 below -87.3 (no subnormal results), inf above 88.7, NaN stays NaN.
+static inline float exp_fast(float x) {
+  float bounded = x < -88.f ? -88.f : x;
+  bounded = bounded > 89.f ? 89.f : bounded;
+  float n = __builtin_rintf(bounded * 1.44269504f);
+  float r = bounded - n * 0.693145752f;
+  r -= n * 1.42860677e-6f;
+  float p = 1.98756915e-4f;
+  p = p * r + 1.39819995e-3f;
+  p = p * r + 8.33345199e-3f;
+  p = p * r + 4.16657959e-2f;
+  p = p * r + 1.66666657e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.f;
+  int32_t steps = x == x ? int32_t(n) : 0;
+  int32_t half = steps >> 1;  // two factors, since 2^128 is no fp32 number
+  int32_t first = (half + 127) << 23, second = (steps - half + 127) << 23;
+  float scale_1, scale_2;
+  memcpy(&scale_1, &first, 4);
+  memcpy(&scale_2, &second, 4);
+  float result = p * scale_1 * scale_2;
+  return x < -87.33f ? 0.f : result;
+}

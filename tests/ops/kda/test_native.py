@@ -1,0 +1,140 @@
+"""The C++ kernels are the recurrence too, in fp32 and bf16, on any shape and number of threads."""
+
+import pytest
+import torch
+
+from deltamoe.ops.backend import select
+from deltamoe.ops.kda import kda_chunk, kda_recurrent
+from deltamoe.ops.native import why_not
+from tests.ops.kda.inputs import REGIMES, H, K, V, assert_same, kda_inputs, outputs_and_gradients
+
+_reason = why_not("kda")
+pytestmark = pytest.mark.skipif(_reason is not None, reason=f"native: {_reason}")
+
+# Heads, key and value channels that no vector divides, and some that fill several.
+SIZES = [(2, 3, 6, 5, 7), (1, 1, 1, 16, 48), (1, 2, 2, 33, 17), (3, 1, 2, 64, 32)]
+
+
+def exact(inputs, **options):
+    wide = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
+    return outputs_and_gradients(
+        lambda *a, **o: kda_recurrent(*a, backend="reference", **o), wide, **options
+    )
+
+
+def native(inputs, **options):
+    return outputs_and_gradients(
+        lambda *a, **o: kda_chunk(*a, backend="native", **o), inputs, **options
+    )
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 64, 65, 131])
+def test_chunk_is_the_recurrence(regime: str, T: int) -> None:
+    inputs = kda_inputs(regime, T, torch.float32)
+    # fp32 rounds at 6e-8, times the length of a chain of nearly cancelling corrections
+    assert_same(native(inputs), exact(inputs), 1e-4)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_any_shape(sizes: tuple[int, int, int, int, int]) -> None:
+    inputs = kda_inputs("mixed_decay", 150, torch.float32, sizes=sizes)
+    assert_same(native(inputs), exact(inputs), 2e-5)  # a chain without near cancellation
+
+
+@pytest.mark.parametrize("chunk_size", [1, 16, 50, 64, 128, 1000])
+def test_chunk_size_changes_nothing(chunk_size: int) -> None:
+    inputs = kda_inputs("erasing", 277, torch.float32)
+    assert_same(native(inputs, chunk_size=chunk_size), exact(inputs), 1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(5,), (1, 64, 0, 17), (130, 3, 65, 64, 1), (0, 9)])
+def test_packed_sequences_do_not_meet(lengths: tuple[int, ...]) -> None:
+    sizes = (1, H, 2 * H, K, V)
+    inputs = kda_inputs("erasing", sum(lengths), torch.float32, sequences=len(lengths), sizes=sizes)
+    borders = torch.tensor([0, *lengths]).cumsum(0)
+    expected = exact(inputs, cu_seqlens=borders)
+    assert_same(native(inputs, cu_seqlens=borders), expected, 1e-4)
+
+
+@pytest.mark.parametrize("regime", ["random", "mixed_decay", "correlated_slow"])
+def test_bf16_is_only_rounded_at_the_doors(regime: str) -> None:
+    inputs = kda_inputs(regime, 100, torch.bfloat16)
+    got = native(inputs)
+    assert got["out"].dtype == torch.bfloat16
+    assert got["memory"].dtype == torch.float32
+    assert got["d_q"].dtype == torch.bfloat16
+    assert_same(got, exact(inputs), 2**-8)  # results rounded to bf16, at 2^-9 of each entry
+
+
+def test_strided_inputs_are_read_in_place() -> None:
+    inputs = kda_inputs("mixed_decay", 70, torch.float32, sizes=(2, 3, 3, 5, 5))
+    memory = inputs.pop("memory")
+    together = torch.cat([inputs[n].detach() for n in ("q", "k", "v")], dim=-1).requires_grad_()
+    q, k, v = together.split(5, dim=-1)
+    assert not q.is_contiguous()
+    out, _ = kda_chunk(q, k, v, inputs["log_decay"], inputs["beta"], memory, backend="native")
+    expected, _ = kda_chunk(*inputs.values(), memory, backend="native")
+    assert torch.equal(out, expected)
+    out.sum().backward()  # type: ignore[no-untyped-call]
+    expected.sum().backward()
+    grads = torch.cat([inputs[n].grad for n in ("q", "k", "v")], dim=-1)
+    assert torch.equal(together.grad, grads)
+
+
+def test_threads_change_nothing() -> None:
+    inputs = kda_inputs("mixed_decay", 200, torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(native(inputs))
+    finally:
+        torch.set_num_threads(before)
+    for name, want in results[0].items():
+        assert all(torch.equal(other[name], want) for other in results[1:]), name
+
+
+def test_nan_is_not_hidden() -> None:
+    inputs = {n: x.detach() for n, x in kda_inputs("random", 40, torch.float32).items()}
+    for name in ("q", "k", "v", "log_decay", "beta", "memory"):
+        spoiled = {**inputs, name: inputs[name].clone()}
+        spoiled[name][0, 0, 0] = torch.nan
+        out, memory = kda_chunk(*spoiled.values(), backend="native")
+        assert out.isnan().any() or memory.isnan().any(), name
+
+
+def test_it_is_the_default_in_fp32() -> None:
+    assert select("kda", "auto", "cpu", torch.float32) is select(
+        "kda", "native", "cpu", torch.float32
+    )
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_token_by_token_is_the_recurrence(
+    regime: str, sizes: tuple[int, int, int, int, int]
+) -> None:
+    inputs = {n: x.detach() for n, x in kda_inputs(regime, 20, torch.float32, sizes=sizes).items()}
+    wide = [x.double() for x in inputs.values()]
+    got = dict(
+        zip(("out", "memory"), kda_recurrent(*inputs.values(), backend="native"), strict=True)
+    )
+    want = dict(zip(("out", "memory"), kda_recurrent(*wide, backend="reference"), strict=True))
+    assert_same(got, want, 1e-5)  # twenty steps of fp32 rounding
+
+
+def test_token_by_token_packed_and_unmodified() -> None:
+    lengths = (3, 0, 40, 1)
+    inputs = kda_inputs(
+        "erasing", sum(lengths), torch.float32, sequences=4, sizes=(1, H, 2 * H, K, V)
+    )
+    tensors = [x.detach() for x in inputs.values()]
+    memory = tensors[-1].clone()
+    borders = torch.tensor([0, *lengths]).cumsum(0)
+    got = kda_recurrent(*tensors, cu_seqlens=borders, backend="native")
+    want = kda_recurrent(*tensors, cu_seqlens=borders, backend="reference")
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert torch.equal(tensors[-1], memory)
