@@ -7,13 +7,16 @@
 // product; inside a block what each token wrote is carried along and fades step by step. Nothing
 // is ever divided by a decay, so any decay in [0, 1] is exact.
 //
+// Products are in fp32. If the values came in bf16 and the machine has AMX, all but the triangular
+// solve round their operands to bf16 and sum in fp32.
+//
 // Rows are padded with zeros to a multiple of 16 tokens and channels: a zero key writes nothing.
 
 #include <cmath>
 #include <cstdlib>
 #include <memory>
 
-#include "gemm.h"
+#include "gemm_bf16.h"
 
 namespace {
 
@@ -90,6 +93,26 @@ void add_row(const Tensor& x, int64_t b, int64_t t, int64_t h, int64_t n, const 
   for (int64_t i = 0; i < n; i++) to[i] += from[i];
 }
 
+// Products in fp32, or in bf16 where that is wanted and faster.
+struct Products {
+  bf16* room = nullptr;  // null for fp32
+
+  // room for the largest product's operands: C, K or V lines each, and as many terms
+  static size_t floats(int C, int K, int V) {
+    int largest = C > K ? (C > V ? C : V) : (K > V ? K : V);
+    return packed_size(largest, largest + 16) + packed_size(16, 16);
+  }
+
+  template <Into into>
+  void run(int M, int N, int K, Strided a, const float* b, ptrdiff_t ldb, float* c, ptrdiff_t ldc,
+           const float* scale = nullptr) const {
+    if (room) gemm_bf16<into>(M, N, K, a, b, ldb, c, ldc, room, scale);
+    else gemm<into>(M, N, K, a, b, ldb, c, ldc, scale);
+  }
+};
+
+bool rounds_products(const Problem& p) { return p.v.is_bf16 && amx_granted(); }
+
 // to = x * y, row by row; `by` scales each row if given. All [rows, width].
 void multiply(int rows, int width, const float* x, const float* y, float* to,
               const float* by = nullptr) {
@@ -102,6 +125,7 @@ void multiply(int rows, int width, const float* x, const float* y, float* to,
 
 // One chunk of one head, as far as queries, keys and decays go.
 struct Chunk {
+  Products products;
   int C, K, V;  // rows and padded channels
   int stride;   // of the C x C matrices
   float *q, *k, *v, *beta, *decay;
@@ -109,10 +133,12 @@ struct Chunk {
   float *right, *left, *turned, *fading;
 
   static size_t floats(int C, int K, int V) {
-    return size_t(C) * (6 * K + V + 1) + 4 * size_t(C) * K + size_t(BLOCK) * 2 * K + 16 * 20;
+    return size_t(C) * (6 * K + V + 1) + 4 * size_t(C) * K + size_t(BLOCK) * 2 * K +
+           Products::floats(C, K, V) + 16 * 20;
   }
 
-  Chunk(Scratch& s, int C_, int K_, int V_) : C(C_), K(K_), V(V_), stride(C_) {
+  Chunk(Scratch& s, int C_, int K_, int V_, bool rounds) : C(C_), K(K_), V(V_), stride(C_) {
+    if (rounds) products.room = reinterpret_cast<bf16*>(s.take(Products::floats(C, K, V)));
     q = s.take(C * K), k = s.take(C * K), v = s.take(C * V), beta = s.take(C);
     decay = s.take(C * K), prefix = s.take(C * K), suffix = s.take(C * K);
     right = s.take(C * K), left = s.take(C * K), turned = s.take(C * K);
@@ -192,8 +218,8 @@ struct Chunk {
         scale_halves(first, half);
         transpose(half, K, left, K, turned, half);
         ptrdiff_t at = ptrdiff_t(first + half) * stride + first;
-        gemm<Into::SET>(half, half, K, {right, K, 1}, turned, half, q_on_k + at, stride);
-        gemm<Into::SET>(half, half, K, {right + half * K, K, 1}, turned, half, system + at,
+        products.run<Into::SET>(half, half, K, {right, K, 1}, turned, half, q_on_k + at, stride);
+        products.run<Into::SET>(half, half, K, {right + half * K, K, 1}, turned, half, system + at,
                         stride);
       }
       double_products(half);
@@ -270,12 +296,12 @@ struct Chunk {
         scale_halves(first, half);
         ptrdiff_t at = ptrdiff_t(first + half) * stride + first;
         int rows = (first + half) * K, columns = first * K;
-        gemm<Into::SET>(half, K, half, {d_q_on_k + at, stride, 1}, left, K, turned, K);
+        products.run<Into::SET>(half, K, half, {d_q_on_k + at, stride, 1}, left, K, turned, K);
         add_scaled(half, turned, prefix + rows, row_q + rows);
-        gemm<Into::SET>(half, K, half, {d_L + at, stride, 1}, left, K, turned, K);
+        products.run<Into::SET>(half, K, half, {d_L + at, stride, 1}, left, K, turned, K);
         add_scaled(half, turned, prefix + rows, row_k + rows);
-        gemm<Into::SET>(half, K, half, {d_q_on_k + at, 1, stride}, right, K, turned, K);
-        gemm<Into::ADD>(half, K, half, {d_L + at, 1, stride}, right + half * K, K, turned, K);
+        products.run<Into::SET>(half, K, half, {d_q_on_k + at, 1, stride}, right, K, turned, K);
+        products.run<Into::ADD>(half, K, half, {d_L + at, 1, stride}, right + half * K, K, turned, K);
         add_scaled(half, turned, suffix + columns, column_k + columns);
       }
       double_products(half);
@@ -348,7 +374,10 @@ void read_memory(const float* from, int64_t rows, int64_t columns, int width, in
 
 void forward_head(const Problem& p, int64_t n, int64_t hv, Scratch scratch) {
   const int K = padded(p.key_dim), V = padded(p.value_dim), stride = int(p.chunk);
-  Chunk c(scratch, stride, K, V);
+  const bool rounds = rounds_products(p);
+  const Tiles tiles(rounds);
+  Chunk c(scratch, stride, K, V, rounds);
+  const Products& products = c.products;
   float* M = scratch.take(size_t(K) * V);
   float* own_delta = scratch.take(size_t(stride) * V);
   float* out = scratch.take(size_t(stride) * V);
@@ -376,19 +405,19 @@ void forward_head(const Problem& p, int64_t n, int64_t hv, Scratch scratch) {
       for (int j = 0; j < V; j += LANES)
         store(delta + row * V + j, load(c.v + row * V + j) * splat(c.beta[row]));
     multiply(C, K, c.k, c.prefix, scaled, c.beta);
-    gemm<Into::SUB>(C, V, K, {scaled, K, 1}, M, V, delta, V);
+    products.run<Into::SUB>(C, V, K, {scaled, K, 1}, M, V, delta, V);
     c.solve(system, delta);
 
     multiply(C, K, c.q, c.prefix, scaled);
-    gemm<Into::SET>(C, V, K, {scaled, K, 1}, M, V, out, V);
+    products.run<Into::SET>(C, V, K, {scaled, K, 1}, M, V, out, V);
     for (int first = 0; first < C; first += BLOCK)
-      gemm<Into::ADD>(BLOCK, V, first + BLOCK, {q_on_k + ptrdiff_t(first) * stride, stride, 1},
+      products.run<Into::ADD>(BLOCK, V, first + BLOCK, {q_on_k + ptrdiff_t(first) * stride, stride, 1},
                       delta, V, out + first * V, V);
     for (int64_t row = 0; row < tokens; row++)
       write_row(p.out, b, t + row, hv, p.value_dim, out + row * V);
 
     multiply(C, K, c.k, c.suffix, scaled);
-    gemm<Into::SCALE_ADD>(K, V, C, {scaled, 1, K}, delta, V, M, V, c.prefix + (C - 1) * K);
+    products.run<Into::SCALE_ADD>(K, V, C, {scaled, 1, K}, delta, V, M, V, c.prefix + (C - 1) * K);
   }
   for (int64_t row = 0; row < p.key_dim; row++)
     memcpy(p.final_memory + at * size + row * p.value_dim, M + row * V, p.value_dim * 4);
@@ -396,7 +425,10 @@ void forward_head(const Problem& p, int64_t n, int64_t hv, Scratch scratch) {
 
 void backward_head(const Problem& p, const Gradients& d, int64_t n, int64_t hv, Scratch scratch) {
   const int K = padded(p.key_dim), V = padded(p.value_dim), stride = int(p.chunk);
-  Chunk c(scratch, stride, K, V);
+  const bool rounds = rounds_products(p);
+  const Tiles tiles(rounds);
+  Chunk c(scratch, stride, K, V, rounds);
+  const Products& products = c.products;
   float* dM = scratch.take(size_t(K) * V);
   float* turned = scratch.take(size_t(K) * V);
   float* d_out = scratch.take(size_t(stride) * V);
@@ -429,11 +461,11 @@ void backward_head(const Problem& p, const Gradients& d, int64_t n, int64_t hv, 
 
     // What each delta is worth, then each residual (beta v - beta k M).
     for (int first = 0; first < C; first += BLOCK)
-      gemm<Into::SET>(BLOCK, V, C - first,
+      products.run<Into::SET>(BLOCK, V, C - first,
                       {saved.q_on_k + ptrdiff_t(first) * stride + first, 1, stride},
                       d_out + first * V, V, residual + first * V, V);
     multiply(C, K, c.k, c.suffix, scaled);
-    gemm<Into::ADD>(C, V, K, {scaled, K, 1}, dM, V, residual, V);
+    products.run<Into::ADD>(C, V, K, {scaled, K, 1}, dM, V, residual, V);
     c.solve_transposed(saved.system, residual);
 
     // Through the pairs' two matrices.
@@ -441,9 +473,9 @@ void backward_head(const Problem& p, const Gradients& d, int64_t n, int64_t hv, 
     for (int first = 0; first < C; first += BLOCK) {
       float* rows_q = d_q_on_k + ptrdiff_t(first) * stride;
       float* rows_L = d_L + ptrdiff_t(first) * stride;
-      gemm<Into::SET>(BLOCK, first + BLOCK, V, {d_out + first * V, V, 1}, delta_turned, C, rows_q,
+      products.run<Into::SET>(BLOCK, first + BLOCK, V, {d_out + first * V, V, 1}, delta_turned, C, rows_q,
                       stride);
-      gemm<Into::SET>(BLOCK, first + BLOCK, V, {residual + first * V, V, 1}, delta_turned, C,
+      products.run<Into::SET>(BLOCK, first + BLOCK, V, {residual + first * V, V, 1}, delta_turned, C,
                       rows_L, stride);
       for (int row = 0; row < BLOCK; row++)
         for (int j = 0; j < first + BLOCK; j++)
@@ -452,10 +484,10 @@ void backward_head(const Problem& p, const Gradients& d, int64_t n, int64_t hv, 
 
     // Through the memory at the chunk's start and the one at its end.
     transpose(K, V, saved.start, V, turned, K);
-    gemm<Into::SET>(C, K, V, {d_out, V, 1}, turned, K, d_q, K);
-    gemm<Into::SET>(C, K, V, {residual, V, 1}, turned, K, reads, K);
+    products.run<Into::SET>(C, K, V, {d_out, V, 1}, turned, K, d_q, K);
+    products.run<Into::SET>(C, K, V, {residual, V, 1}, turned, K, reads, K);
     transpose(K, V, dM, V, turned, K);
-    gemm<Into::SET>(C, K, V, {saved.delta, V, 1}, turned, K, writes, K);
+    products.run<Into::SET>(C, K, V, {saved.delta, V, 1}, turned, K, writes, K);
     const float* chunk_decay = c.prefix + (C - 1) * K;
     for (int row = 0; row < K; row++) {
       vec total = {};
@@ -464,9 +496,9 @@ void backward_head(const Problem& p, const Gradients& d, int64_t n, int64_t hv, 
       d_chunk[row] = sum(total) * chunk_decay[row];
     }
     multiply(C, K, c.q, c.prefix, scaled);
-    gemm<Into::SCALE_ADD>(K, V, C, {scaled, 1, K}, d_out, V, dM, V, chunk_decay);
+    products.run<Into::SCALE_ADD>(K, V, C, {scaled, 1, K}, d_out, V, dM, V, chunk_decay);
     multiply(C, K, c.k, c.prefix, scaled, c.beta);
-    gemm<Into::SUB>(K, V, C, {scaled, 1, K}, residual, V, dM, V);
+    products.run<Into::SUB>(K, V, C, {scaled, 1, K}, residual, V, dM, V);
     for (int row = 0; row < C; row++)
       for (int j = 0; j < K; j += LANES) {
         int e = row * K + j;

@@ -4,6 +4,7 @@
 // bf16 is a storage format only: it is read and written here, and never computed in.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
