@@ -3,7 +3,7 @@
 #   make demo    train a small model on real text for ten minutes, then talk to it
 #   make test    run the tests             make check   format, lint, types
 #   make bench   speed and memory          make docs    the API reference, in build/docs
-#   make size    the largest files
+#   make size    the largest files         make test-mlx   parity with mlx-lm (downloads it)
 #
 # PYTHON=python3.12 chooses the interpreter; VENV=… chooses the environment's folder.
 
@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 WORKERS ?= 2
 
-.PHONY: setup demo test test-slow test-gpu check bench bench-quality bench-experts docs size clean
+.PHONY: setup demo test test-slow test-gpu test-mlx check bench bench-quality bench-experts docs size clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +40,15 @@ test-slow: $(VENV)/.ready
 
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m gpu
+
+build/mlx/.ready: constraints.txt
+	@# mlx-lm brings its own versions of what we use, hence an environment of its own
+	$(PYTHON) -m venv build/mlx
+	build/mlx/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt 'mlx[cpu]' mlx-lm
+	@touch $@
+
+test-mlx: $(VENV)/.ready build/mlx/.ready
+	$(BIN)/python -m pytest -q -m mlx tests/conversion/test_mlx.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

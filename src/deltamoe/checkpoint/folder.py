@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +43,12 @@ __all__ = [
     "Checkpoint",
     "checkpoint_entries",
     "open_checkpoint",
+    "require_new",
     "step_folder",
     "step_folders",
     "step_of",
     "write_checkpoint",
+    "write_new_folder",
 ]
 
 WEIGHTS = "model.safetensors"
@@ -173,6 +175,64 @@ def write_checkpoint(
         shutil.rmtree(old, ignore_errors=True)
         _set_aside_newer(run, step)
     return Checkpoint(final, manifest)
+
+
+def write_new_folder(
+    folder: Path | str, fill: Callable[[Path], None], *, step: int = 0, expected_bytes: int
+) -> Checkpoint:
+    """Write a folder that stands outside of any run, whole or not at all, and seal it.
+
+    The order is that of ``write_checkpoint``: a hidden folder beside the final place, every file
+    synced, the manifest, the new name.
+
+    Args:
+        folder: its parent exists, it does not: nothing is ever overwritten.
+        fill: writes files with plain names into the folder it is given.
+        step: for the manifest.
+        expected_bytes: what all files together will take; asked of the disk before anything is
+            written.
+
+    Raises:
+        CheckpointError: the folder exists, its parent does not, or the disk refused.
+        DoesNotFitError: the disk, a quota or a file-size limit is full.
+        After these and after any other exception nothing is left behind.
+    """
+    folder = Path(folder)
+    require_new(folder)
+    writing = folder.with_name(f".{folder.name}.{os.getpid()}.writing")
+    nothing = "Nothing was left behind."
+    with storage_faults(folder, folder.parent, needed_bytes=expected_bytes, reassurance=nothing):
+        if expected_bytes > shutil.disk_usage(folder.parent).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        writing.mkdir()
+        try:
+            fill(writing)
+            files = sorted(writing.iterdir())
+            for file in files:
+                sync_file(file)
+            manifest = Manifest(step, {file.name: record_file(file) for file in files})
+            write_manifest(writing / MANIFEST, manifest)
+            sync_file(writing / MANIFEST)
+            sync_folder(writing)
+            require_new(folder)
+            os.rename(writing, folder)
+            sync_folder(folder.parent)
+        except BaseException:
+            shutil.rmtree(writing, ignore_errors=True)
+            raise
+    return Checkpoint(folder, manifest)
+
+
+def require_new(path: Path) -> None:
+    """Refuse a path at which something stands already, or whose parent is no folder.
+
+    Raises:
+        CheckpointError: naming the path.
+    """
+    if path.exists() or path.is_symlink():
+        raise CheckpointError(f"{path}: exists already; nothing is overwritten, give another name")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: cannot be written: there is no folder {path.parent}")
 
 
 def open_checkpoint(folder: Path | str, *, check_hashes: bool = True) -> Checkpoint:

@@ -5,10 +5,12 @@ dtype, shape and place), the tensors' bytes. The reader believes nothing: every 
 before it is used, and the places must tile the data exactly. It looks at the first bytes only,
 never at the tensors.
 
-``read_tensors`` in tensors.py reads the data of a file whose header passed here.
+``read_tensors`` in tensors.py reads the data of a file whose header passed here;
+``encode_header`` is the way back.
 Source: the format's description in the safetensors repository (README, "Format").
 """
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +27,9 @@ __all__ = [
     "TENSOR_NAME",
     "Header",
     "TensorInfo",
+    "TensorSpec",
     "check_shapes",
+    "encode_header",
     "read_header",
 ]
 
@@ -57,6 +61,7 @@ _MAX_HEADER_BYTES = 32 << 20
 # two arrays, four colons, and a comma for each size and each entry. The slack is for metadata.
 _MARKS_PER_TENSOR = {b"{": 1, b"[": 2, b":": 4, b",": 4 + _MAX_RANK}
 _MARKS_SLACK = 20_000
+_ALIGNMENT = 8
 
 
 class TensorInfo(NamedTuple):
@@ -78,6 +83,19 @@ class TensorInfo(NamedTuple):
         return self.end - self.begin
 
 
+class TensorSpec(NamedTuple):
+    """A tensor that is to be written: its name, safetensors' word for its dtype, its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the tensor's data."""
+        return math.prod(self.shape) * BYTES_PER_ELEMENT[self.dtype]
+
+
 @dataclass(frozen=True)
 class Header:
     """All tensors of one file in the order of their data, and the file's text metadata."""
@@ -91,6 +109,11 @@ class Header:
     def num_elements(self) -> int:
         """Elements of all tensors together."""
         return sum(info.num_elements for info in self.tensors.values())
+
+    @property
+    def data_begin(self) -> int:
+        """Where in the file the data begin that ``TensorInfo.begin`` counts from."""
+        return self.file_bytes - max((info.end for info in self.tensors.values()), default=0)
 
 
 def read_header(path: Path | str) -> Header:
@@ -148,6 +171,31 @@ def check_shapes(header: Header, expected: Iterable[tuple[str, Sequence[int]]]) 
             f"{header.path}: {len(unknown):,} tensors too many, the first is {unknown[0]!r}; "
             "was the file written by this model?"
         )
+
+
+def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The first bytes of a file that holds these tensors one after another, in this order.
+
+    Raises:
+        ValueError: a name outside ``[A-Za-z0-9_.]{1,200}``.
+    """
+    entries: dict[str, object] = {}
+    if metadata:
+        entries["__metadata__"] = dict(sorted(metadata.items()))
+    begin = 0
+    for spec in specs:
+        if not TENSOR_NAME.fullmatch(spec.name):
+            raise ValueError(f"tensor {spec.name!r} cannot be written under this name")
+        end = begin + spec.num_bytes
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _header_text(path: Path, file: BinaryIO) -> tuple[bytes, int]:

@@ -20,11 +20,19 @@ from typing import Any
 from deltamoe.config.strict_json import check_format, open_regular, read_json
 from deltamoe.errors import CheckpointError
 
-__all__ = ["MANIFEST", "FileRecord", "Manifest", "read_manifest", "record_file", "write_manifest"]
+__all__ = [
+    "FILE_NAME",
+    "MANIFEST",
+    "FileRecord",
+    "Manifest",
+    "read_manifest",
+    "record_file",
+    "write_manifest",
+]
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # never a path, never hidden
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # never a path, never hidden
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -88,7 +96,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def _record(path: Path, name: str, entry: Any) -> FileRecord:
     fault = f"the entry {name[:100]!a}"
-    _require(path, _FILE_NAME.fullmatch(name) is not None and name != MANIFEST, fault)
+    _require(path, FILE_NAME.fullmatch(name) is not None and name != MANIFEST, fault)
     _require(path, isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"}, fault)
     num_bytes, sha256 = entry["bytes"], entry["sha256"]
     _require(path, type(num_bytes) is int and num_bytes >= 0, fault)

@@ -24,8 +24,14 @@ from deltamoe.checkpoint.folder import (
     step_of,
 )
 from deltamoe.checkpoint.manifest import MANIFEST
+from deltamoe.checkpoint.published import (
+    is_published,
+    is_published_config,
+    published_checkpoint,
+    read_published_config,
+)
 from deltamoe.config.model import ModelConfig
-from deltamoe.config.parse import FORMAT, from_dict, to_json
+from deltamoe.config.parse import FORMAT, from_dict, read_config, to_json
 from deltamoe.config.run import RunConfig
 from deltamoe.config.strict_json import check_format, read_json
 from deltamoe.errors import CheckpointError, ConfigError
@@ -37,6 +43,7 @@ __all__ = [
     "load_run_config",
     "newest_checkpoint",
     "prune_checkpoints",
+    "read_any_config",
     "write_run_config",
 ]
 
@@ -78,12 +85,14 @@ def newest_checkpoint(run: Path | str, *, check_hashes: bool = True) -> Checkpoi
 
 
 def find_checkpoint(path: Path | str, *, check_hashes: bool = True) -> Checkpoint:
-    """Open what a person points at: a step folder, or a run folder's newest good checkpoint.
+    """Open what a person points at: a step folder, a run folder's newest good one, or published.
 
     Raises:
-        CheckpointError: neither of the two, or no good checkpoint in it.
+        CheckpointError: none of the three, or no good checkpoint in it.
     """
     path = _existing_folder(path)
+    if is_published(path):
+        return published_checkpoint(path, check_hashes=check_hashes)
     if (path / MANIFEST).exists() or step_of(path) is not None or (path / WEIGHTS).exists():
         _refuse_foreign(path)
         return open_checkpoint(path, check_hashes=check_hashes)
@@ -106,8 +115,27 @@ def load_run_config(path: Path | str) -> RunConfig:
 
 
 def load_config(path: Path | str) -> ModelConfig:
-    """The model's geometry out of ``load_run_config``."""
-    return load_run_config(path).model
+    """The model's geometry out of a run folder, a step folder or a published one.
+
+    Raises:
+        CheckpointError: missing, damaged, newer, or a published one of another kind of model.
+    """
+    path = _existing_folder(path)
+    return read_published_config(path) if is_published(path) else load_run_config(path).model
+
+
+def read_any_config(file: Path) -> RunConfig:
+    """Read the config.json of a run, a step or a published folder.
+
+    Of a published model everything but the geometry is what it is by default.
+
+    Raises:
+        CheckpointError: a published model that cannot be read here.
+        ConfigError: anything else that is wrong with the file.
+    """
+    if is_published(file.parent) and file.name == CONFIG:
+        return RunConfig(model=read_published_config(file.parent))
+    return read_config(file)
 
 
 def write_run_config(run: Path | str, config: RunConfig) -> None:
@@ -167,10 +195,10 @@ def _existing_folder(path: Path | str) -> Path:
 
 def _read_config(path: Path) -> RunConfig:
     data = read_json(path, error=CheckpointError)
-    if "model_type" in data and "model" not in data:
+    if is_published_config(data):
         raise CheckpointError(
-            f"{path}: a published model (model_type {data['model_type']!a}); "
-            "this version reads the runs of deltamoe only"
+            f"{path}: a published model (model_type {ascii(data['model_type'])[:60]}), not a run "
+            "of deltamoe; `deltamoe convert` makes a checkpoint of ours out of it"
         )
     check_format(data, source=str(path), known=FORMAT, error=CheckpointError)
     del data["format"]

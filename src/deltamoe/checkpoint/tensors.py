@@ -7,18 +7,34 @@ a private file (mode 0600) of unordered metadata and turns a full disk into pros
 Knows nothing of models; names and shapes are what the caller expects.
 """
 
-import json
-from collections.abc import Mapping
+import mmap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
 import torch
 from torch import Tensor
 
-from deltamoe.checkpoint.header import TENSOR_NAME, check_shapes, read_header
+from deltamoe.checkpoint.header import (
+    Header,
+    TensorSpec,
+    check_shapes,
+    encode_header,
+    read_header,
+)
+from deltamoe.config.strict_json import open_regular
 from deltamoe.errors import CheckpointError
 
-__all__ = ["DTYPES", "read_tensors", "require_finite", "write_tensors"]
+__all__ = [
+    "DTYPES",
+    "DTYPE_CODES",
+    "map_tensor",
+    "read_tensors",
+    "require_finite",
+    "stored_dtype",
+    "write_pieces",
+    "write_tensors",
+]
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -34,8 +50,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 """What a file of ours may hold; a foreign header may name more (header.py)."""
 
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-_ALIGNMENT = 8
+DTYPE_CODES: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def read_tensors(
@@ -66,7 +81,7 @@ def read_tensors(
     if expected is not None:
         check_shapes(header, ((name, tensor.shape) for name, tensor in expected.items()))
     for name, info in header.tensors.items():
-        allowed = DTYPES if expected is None else (_CODES[expected[name].dtype],)
+        allowed = DTYPES if expected is None else (DTYPE_CODES[expected[name].dtype],)
         if info.dtype not in allowed:
             raise CheckpointError(
                 f"{path}: tensor {name!r} is {info.dtype}; expected {' or '.join(allowed)}"
@@ -98,6 +113,53 @@ def require_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
             )
 
 
+def stored_dtype(header: Header) -> torch.dtype:
+    """What a model's weights but the wide and the quantised ones are stored in: the embedding's.
+
+    Raises:
+        CheckpointError: it is no float.
+    """
+    code = header.tensors["embedding.weight"].dtype
+    if code not in DTYPES or not DTYPES[code].is_floating_point:
+        raise CheckpointError(
+            f"{header.path}: tensor 'embedding.weight' is {code}; expected F32, BF16, F16 or F64"
+        )
+    return DTYPES[code]
+
+
+def map_tensor(header: Header, name: str, *, index: int | None = None) -> Tensor:
+    """One tensor of a file, or one slice of it, as a private view of its mapped bytes.
+
+    Only these bytes are mapped, and only as long as the tensor lives: reading a file tensor by
+    tensor holds one of them in memory.
+
+    Args:
+        header: of the file, which has not changed since.
+        name: one of ``header.tensors``, of a dtype in ``DTYPES``.
+        index: along the first axis; None is the whole tensor.
+
+    Raises:
+        CheckpointError: the file is gone or shorter than its header said.
+    """
+    info = header.tensors[name]
+    shape, begin, num_bytes = info.shape, header.data_begin + info.begin, info.num_bytes
+    if index is not None:
+        num_bytes //= shape[0]
+        begin, shape = begin + index * num_bytes, shape[1:]
+    if num_bytes == 0:
+        return torch.empty(shape, dtype=DTYPES[info.dtype])
+    skipped = begin % mmap.ALLOCATIONGRANULARITY
+    with open_regular(header.path, error=CheckpointError) as file:
+        try:
+            mapped = mmap.mmap(
+                file.fileno(), skipped + num_bytes, access=mmap.ACCESS_COPY, offset=begin - skipped
+            )
+        except (OSError, ValueError) as fault:
+            raise CheckpointError(f"{header.path}: cannot be read ({fault})") from None
+    data = torch.frombuffer(mapped, dtype=torch.uint8, offset=skipped)
+    return data.view(DTYPES[info.dtype]).reshape(shape)
+
+
 def write_tensors(
     path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -115,29 +177,45 @@ def write_tensors(
         OSError: the disk refused, or the file exists; callers put it in words (durable.py).
         ValueError: a name outside ``[A-Za-z0-9_.]{1,200}`` or a dtype the format lacks.
     """
-    entries: dict[str, object] = {}
-    if metadata:
-        entries["__metadata__"] = dict(sorted(metadata.items()))
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    begin = 0
-    for name in order:
+    specs = []
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
         tensor = tensors[name]
-        if not TENSOR_NAME.fullmatch(name) or tensor.dtype not in _CODES:
+        if tensor.dtype not in DTYPE_CODES:
             raise ValueError(f"tensor {name!r} of {tensor.dtype} cannot be written to {path}")
-        end = begin + tensor.numel() * tensor.element_size()
-        entries[name] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % _ALIGNMENT)
+        specs.append(TensorSpec(name, DTYPE_CODES[tensor.dtype], tuple(tensor.shape)))
+    write_pieces(path, specs, lambda spec: (tensors[spec.name],), metadata)
+
+
+def write_pieces(
+    path: Path | str,
+    specs: Sequence[TensorSpec],
+    pieces: Callable[[TensorSpec], Iterable[Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a new safetensors file whose tensors come piece by piece, in the order of ``specs``.
+
+    Args:
+        path: a new file, as in ``write_tensors``.
+        specs: what the file will hold.
+        pieces: gives a tensor's consecutive pieces along its first axis, each of the tensor's
+            dtype; one piece is held in memory at a time.
+        metadata: text to keep in the header.
+
+    Raises:
+        OSError, ValueError: as ``write_tensors``; ValueError also if the pieces of a tensor are
+            not what its spec says.
+    """
+    header = encode_header(specs, metadata)
     with open(path, "xb") as file:
-        file.write(len(header).to_bytes(8, "little"))
         file.write(header)
-        for name in order:
-            file.write(_bytes_of(tensors[name]))
+        for spec in specs:
+            num_bytes = 0
+            for piece in pieces(spec):
+                if piece.dtype != DTYPES[spec.dtype]:
+                    raise ValueError(f"{spec}: a piece is of {piece.dtype}")
+                num_bytes += file.write(_bytes_of(piece))
+            if num_bytes != spec.num_bytes:
+                raise ValueError(f"{spec}: its pieces are {num_bytes:,} bytes")
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

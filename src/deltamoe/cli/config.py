@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from deltamoe.checkpoint.run_folder import read_any_config
 from deltamoe.cli.format import count, table
 from deltamoe.config import FORMAT, PRESETS, resolve, to_dict
 from deltamoe.plan import parameters
@@ -24,7 +25,7 @@ def command() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print a configuration as TOML that can be read back, each value with its origin."""
-    run, origins = resolve(config, overrides)
+    run, origins = resolve(config, overrides, read=read_any_config)
     data = to_dict(run)
     if as_json:
         click.echo(json.dumps({"config": {"format": FORMAT, **data}, "origins": origins}, indent=2))

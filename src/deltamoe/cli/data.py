@@ -1,10 +1,7 @@
 """``deltamoe data``: prepare a text once, say what is in it, check that it is still whole."""
 
 import json
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
@@ -13,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltamoe.cli.format import size, table
+from deltamoe.cli.progress import byte_progress
 from deltamoe.config import DataConfig
 
 if TYPE_CHECKING:
-    from deltamoe.data import Baselines, PreparedData, PreparedSource, Progress
+    from deltamoe.data import Baselines, PreparedData, PreparedSource
 
 __all__ = ["command"]
-
-SECONDS_BETWEEN_LINES = 5.0
 
 
 @click.group("data")
@@ -74,7 +70,7 @@ def prepare(config: DataConfig, out: Path | None, workers: int | None) -> None:
     """
     from deltamoe import data
 
-    with _progress() as progress:
+    with byte_progress() as progress:
         prepared = data.prepare(config, workers=workers, progress=progress, out=out)
     click.echo(_description(prepared, prepared.sources[0], None))
 
@@ -88,7 +84,7 @@ def info(config: DataConfig, workers: int | None, has_baselines: bool, as_json: 
     """Say what SOURCE or a prepared FOLDER holds; a source is prepared first."""
     from deltamoe import data
 
-    with _progress() as progress:
+    with byte_progress() as progress:
         prepared = data.prepare(config, workers=workers, progress=progress)
     (source,) = prepared.sources
     measured = None
@@ -152,44 +148,3 @@ def _description(
         ]
         parts.append(table(figures, right=(1,)))
     return "\n\n".join(parts)
-
-
-@contextmanager
-def _progress() -> "Iterator[Progress]":
-    """A bar on a terminal, a line every few seconds elsewhere; both on stderr."""
-    if sys.stderr.isatty():
-        with _bars() as update:
-            yield update
-    else:
-        yield _lines()
-
-
-@contextmanager
-def _bars() -> "Iterator[Progress]":
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(what: str, done: int, total: int | None) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)
-
-        yield update
-
-
-def _lines() -> "Progress":
-    last_line = time.monotonic()
-
-    def update(what: str, done: int, total: int | None) -> None:
-        nonlocal last_line
-        now = time.monotonic()
-        if now - last_line >= SECONDS_BETWEEN_LINES:
-            last_line = now
-            of = "" if total is None else f" of {size(total)}"
-            click.echo(f"{what}: {size(done)}{of}", err=True)
-
-    return update

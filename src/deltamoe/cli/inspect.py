@@ -5,20 +5,24 @@ Only headers, manifests and configurations are read, strictly; text from the fil
 """
 
 import json
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
 from deltamoe.checkpoint.folder import WEIGHTS, Checkpoint, open_checkpoint, step_folders
-from deltamoe.checkpoint.header import Header, check_shapes, read_header
+from deltamoe.checkpoint.header import MAX_TENSORS, Header, read_header
 from deltamoe.checkpoint.manifest import MANIFEST
+from deltamoe.checkpoint.published import is_published, open_published, read_published_config
+from deltamoe.checkpoint.quantized import check_stored
 from deltamoe.checkpoint.run_folder import load_config
 from deltamoe.cli.format import table
 from deltamoe.config.model import ModelConfig
 from deltamoe.config.parse import to_dict
 from deltamoe.errors import BadFileError, CheckpointError
-from deltamoe.plan import weights
+from deltamoe.plan import parameters
 
 __all__ = ["command"]
 
@@ -30,7 +34,7 @@ _LONGEST_TEXT = 200
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--deep", is_flag=True, help="Read all data: check hashes, look for NaN.")
 def command(path: Path, as_json: bool, deep: bool) -> None:
-    """Show what PATH holds: a safetensors file, a step folder or a run folder.
+    """Show what PATH holds: a safetensors file, a step folder, a run folder or a published one.
 
     Nothing in it is executed. Exits with 3 if something is wrong with it, after showing what can
     be shown.
@@ -50,6 +54,8 @@ def _inspect(path: Path, deep: bool) -> tuple[dict[str, Any], list[BadFileError]
         return _inspect_file(path, deep), []
     if (path / "checkpoints").is_dir() and not (path / MANIFEST).exists():
         return _inspect_run(path, deep)
+    if is_published(path):
+        return _inspect_published(path, deep)
     return _inspect_step(path, deep)
 
 
@@ -99,8 +105,8 @@ def _inspect_step(folder: Path, deep: bool) -> tuple[dict[str, Any], list[BadFil
     try:
         header = read_header(folder / WEIGHTS)
         report |= _tensors(header)
-        if model is not None:
-            check_shapes(header, ((weight.name, weight.shape) for weight in weights(model)))
+        if model is not None and (bits := check_stored(header, model)):
+            report |= {"bits": bits, "parameters": parameters(model).total}
         if deep:
             _require_finite(folder / WEIGHTS)
             report["finite"] = True
@@ -108,6 +114,47 @@ def _inspect_step(folder: Path, deep: bool) -> tuple[dict[str, Any], list[BadFil
         report["weights"] = str(fault)
         faults.append(fault)
     return report, faults
+
+
+def _inspect_published(folder: Path, deep: bool) -> tuple[dict[str, Any], list[BadFileError]]:
+    """All files of weights as one header; under the official names if the folder is good."""
+    report: dict[str, Any] = {"path": str(folder), "kind": "published"}
+    try:
+        model = read_published_config(folder)
+        report |= {"model": _summary(model), "config": to_dict(model)}
+        published = open_published(folder)
+        headers = {header.path: header for header, _ in published.places.values()}
+        report |= {"headers": _headers(headers.values()), **_tensors(published.header)}
+        if deep:
+            for path in headers:
+                _require_finite(path)
+            report["finite"] = True
+    except CheckpointError as fault:
+        stored = _readable_headers(folder)
+        tensors = {name: info for header in stored for name, info in header.tensors.items()}
+        num_bytes = sum(header.file_bytes for header in stored)
+        report |= {"weights" if "model" in report else "model": str(fault)}
+        report |= {"headers": _headers(stored), **_tensors(Header(folder, tensors, {}, num_bytes))}
+        return report, [fault]
+    return report, []
+
+
+def _readable_headers(folder: Path) -> list[Header]:
+    """The headers of a faulty folder that can be read, up to as many tensors as one may hold."""
+    headers: list[Header] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with suppress(CheckpointError):
+            headers.append(read_header(path))
+        if sum(len(header.tensors) for header in headers) > MAX_TENSORS:
+            break
+    return headers
+
+
+def _headers(headers: Iterable[Header]) -> list[dict[str, Any]]:
+    return [
+        {"name": header.path.name, "bytes": header.file_bytes, "tensors": len(header.tensors)}
+        for header in headers
+    ]
 
 
 def _require_finite(path: Path) -> None:
@@ -160,12 +207,17 @@ def _lines(report: dict[str, Any]) -> list[str]:
     for key in ("step", "verdict", "model", "weights", "finite"):
         if report.get(key) is not None:
             lines.append(f"  {key:12} {report[key]}")
+    for file in report.get("headers", []):
+        size = f"{file['bytes']:,} bytes, {file['tensors']:,} tensors"
+        lines.append(f"  {'file':12} {file['name']}  {size}")
     for file in report.get("files", []):
         lines.append(f"  {'file':12} {file['name']}  {file['bytes']:,} bytes")
     if "tensors" in report:
         by_dtype = ", ".join(f"{n:,} {d}" for d, n in report["parameters_by_dtype"].items())
         lines.append(f"  {'tensors':12} {len(report['tensors']):,}, {report['bytes']:,} bytes")
         lines.append(f"  {'parameters':12} {report['parameters']:,} ({by_dtype or 'none'})")
+        if "bits" in report:
+            lines.append(f"  {'quantised':12} to {report['bits']} bits")
         lines += [f"  {'metadata':12} {_escaped(k, v)}" for k, v in report["metadata"].items()]
         lines += ["", _table(report["tensors"])]
     return lines

@@ -2,13 +2,20 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Literal
 
 import click
 
+from deltamoe.checkpoint.folder import WEIGHTS
+from deltamoe.checkpoint.header import read_header
+from deltamoe.checkpoint.quantized import quantization_of
+from deltamoe.checkpoint.run_folder import read_any_config
 from deltamoe.cli.format import COUNT, count, flops, size, table
+from deltamoe.cli.sampling import BITS
 from deltamoe.config import PRESETS, RunConfig, resolve
-from deltamoe.plan import Plan, plan
+from deltamoe.errors import CheckpointError
+from deltamoe.plan import Bits, Plan, plan
 
 __all__ = ["command"]
 
@@ -32,6 +39,12 @@ Examples:
     type=click.Choice(["fp32", "bf16"]),
     help="Of weights and cache when generating [default: train.precision].",
 )
+@click.option(
+    "--quantize",
+    "bits",
+    type=BITS,
+    help="Bits of the matrices when generating [default: those of FOLDER, else none].",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     config: str,
@@ -39,11 +52,13 @@ def command(
     context: int | None,
     memory: int | None,
     dtype: Literal["fp32", "bf16"] | None,
+    bits: Bits | None,
     as_json: bool,
 ) -> None:
     """Parameters, FLOPs and bytes of a configuration, and whether they fit."""
-    run, _ = resolve(config, overrides)
-    costs = plan(run, context=context, memory_bytes=memory, dtype=dtype)
+    run, _ = resolve(config, overrides, read=read_any_config)
+    bits = bits or _bits_of(Path(config))
+    costs = plan(run, context=context, memory_bytes=memory, dtype=dtype, bits=bits)
     preset = PRESETS.get(config)
     assumptions = preset.assumptions if preset else ()
     if as_json:
@@ -61,7 +76,8 @@ def command(
     click.echo(f"\none token, forward\n{_token(costs)}")
     click.echo(f"\none sequence in {costs.generation.dtype}\n{_sequence(costs)}")
     click.echo(f"\ntraining\n{_training(run, costs)}")
-    click.echo(f"\ngenerating in {costs.generation.dtype}\n{_generation(costs)}")
+    matrices = f", matrices in {bits} bits" if bits else ""
+    click.echo(f"\ngenerating in {costs.generation.dtype}{matrices}\n{_generation(costs)}")
     if assumptions:
         click.echo("\nassumptions")
         for sentence in assumptions:
@@ -135,7 +151,24 @@ def _generation(costs: Plan) -> str:
         ),
         ("sequences", f"{cost.sequences_that_fit:,}", f"of {costs.context:,} tokens fit beside"),
     ]
+    if cost.bits is not None and cost.num_experts and not cost.fits:
+        rows.append(
+            (
+                "experts",
+                f"{cost.cached_experts:,}",
+                f"of {cost.num_experts:,} stay in memory, {size(cost.expert_bytes)} each, "
+                f"under --memory {costs.memory_bytes:,}",
+            )
+        )
     return table(rows, right=(1,), indent=2)
+
+
+def _bits_of(folder: Path) -> Bits | None:
+    """What a folder's weights are quantised to, as far as it has weights."""
+    try:
+        return quantization_of(read_header(folder / WEIGHTS))
+    except CheckpointError:
+        return None
 
 
 def _verdict(needed: int, memory: int) -> str:

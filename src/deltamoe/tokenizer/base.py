@@ -5,16 +5,16 @@ comes from no text. Knows nothing of files, documents or models.
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamoe.errors import DataError
+from deltamoe.errors import ConfigError, DataError
 
-__all__ = ["StreamDecoder", "Tokenizer", "unknown_id", "utf8"]
+__all__ = ["StreamDecoder", "Tokenizer", "check_fit", "joined_bytes", "unknown_id", "utf8"]
 
 
 @runtime_checkable
@@ -32,6 +32,18 @@ class Tokenizer(Protocol):
     @property
     def end_id(self) -> int:
         """The document border: it stands before every document and starts every prompt."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer: ``end_id``, and where there are turns the end of one."""
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """The tokens no text encodes to, by their spelling: borders and the marks of turns."""
+
+    @property
+    def unused_ids(self) -> Sequence[int]:
+        """Ids in ``[0, vocab_size)`` that stand for nothing; a model must not choose them."""
 
     @property
     def fingerprint(self) -> str:
@@ -83,6 +95,19 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
+def check_fit(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuse a tokenizer with ids that a model has no row for; fewer ids than rows are fine.
+
+    Raises:
+        ConfigError: it has more ids than ``vocab_size``.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model's "
+            f"vocabulary {vocab_size}: they do not belong together"
+        )
+
+
 def utf8(text: str) -> bytes:
     """UTF-8 bytes of a text.
 
@@ -96,6 +121,21 @@ def utf8(text: str) -> bytes:
             f"the text holds a lone surrogate (U+{ord(text[error.start]):04X}) at character "
             f"{error.start}: expected text that UTF-8 can carry"
         ) from None
+
+
+def joined_bytes(table: Sequence[bytes | None], ids: Sequence[int] | NDArray[np.integer]) -> bytes:
+    """The bytes of some ids, one after the other; ``table[id]`` is None where nothing stands.
+
+    Raises:
+        DataError: an id outside the table, or one that stands for nothing.
+    """
+    pieces = []
+    for token_id in ids.tolist() if isinstance(ids, np.ndarray) else ids:
+        piece = table[token_id] if 0 <= token_id < len(table) else None
+        if piece is None:
+            raise unknown_id(token_id, len(table))
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def unknown_id(token_id: int, vocab_size: int) -> DataError:

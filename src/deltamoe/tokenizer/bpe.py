@@ -23,16 +23,11 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, models, pre_tokenizers, trainers
 
 from deltamoe.errors import BadFileError, ConfigError
-from deltamoe.tokenizer.base import unknown_id, utf8
+from deltamoe.tokenizer.base import joined_bytes, utf8
+from deltamoe.tokenizer.special import END, END_NAMES, MAX_TOKEN_BYTES, MAX_VOCAB, border, stops
 
-__all__ = ["BpeTokenizer"]
+__all__ = ["BYTE_OF", "BpeTokenizer"]
 
-END = "<|end|>"
-# What other vocabularies call the border; the first one present is taken.
-END_NAMES = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
-
-MAX_VOCAB = 1_000_000
-MAX_TOKEN_BYTES = 1024
 _ID_RANGE = f"expected a whole number from 0 to {MAX_VOCAB - 1}"
 
 # A word is: a contraction's tail; letters with at most one character before them; one to three
@@ -57,7 +52,8 @@ def _byte_alphabet() -> dict[str, int]:
     return spelled | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
 
 
-_BYTE_OF = _byte_alphabet()
+# How byte-level vocabularies spell bytes: printable character -> byte.
+BYTE_OF: Mapping[str, int] = _byte_alphabet()
 
 
 class BpeTokenizer:
@@ -82,7 +78,11 @@ class BpeTokenizer:
         vocab = _checked_vocab(self._definition)
         added = _checked_added_tokens(self._definition, vocab)
         _check_pre_tokenizer(self._definition.get("pre_tokenizer"))
-        self.end_id = _border(added)
+        self.special_ids: Mapping[str, int] = {
+            entry["content"]: entry["id"] for entry in added if entry.get("special")
+        }
+        self.end_id = _border(self.special_ids)
+        self.stop_ids = stops(self.special_ids) | {self.end_id}
         self.vocab_size = 1 + max(chain(vocab.values(), (entry["id"] for entry in added)))
         self.name = f"bpe:{self.vocab_size}"
         self._bytes: list[bytes | None] = [None] * self.vocab_size
@@ -91,6 +91,7 @@ class BpeTokenizer:
         for entry in added:
             self._bytes[entry["id"]] = utf8(entry["content"])
         self._bytes[self.end_id] = b""
+        self.unused_ids = [i for i, piece in enumerate(self._bytes) if piece is None]
         self._engine = _built(self._definition)
 
     @classmethod
@@ -120,13 +121,18 @@ class BpeTokenizer:
         engine.decoder = tokenizers.decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
-            initial_alphabet=sorted(_BYTE_OF),
+            initial_alphabet=sorted(BYTE_OF),
             max_token_length=MAX_TOKEN_BYTES // 2,  # a byte is spelled with one or two
             show_progress=False,
         )
         engine.train_from_iterator(texts, trainer)
         engine.add_special_tokens([AddedToken(END, special=True, normalized=False)])
         return cls(json.loads(engine.to_str()))
+
+    @property
+    def definition(self) -> Mapping[str, Any]:
+        """The content of ``tokenizer.json``; not to be changed."""
+        return self._definition
 
     @cached_property
     def fingerprint(self) -> str:
@@ -158,13 +164,7 @@ class BpeTokenizer:
         Raises:
             DataError: an id that stands for nothing.
         """
-        pieces = []
-        for token_id in ids.tolist() if isinstance(ids, np.ndarray) else ids:
-            piece = self._bytes[token_id] if 0 <= token_id < self.vocab_size else None
-            if piece is None:
-                raise unknown_id(token_id, self.vocab_size)
-            pieces.append(piece)
-        return b"".join(pieces)
+        return joined_bytes(self._bytes, ids)
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         """Text of some ids; bytes that are no UTF-8 become U+FFFD."""
@@ -209,7 +209,7 @@ def _checked_vocab(definition: Mapping[str, Any]) -> dict[str, int]:
             raise _unusable(f"token {token!r:.40} is longer than {MAX_TOKEN_BYTES} bytes")
     if len(set(vocab.values())) < len(vocab):
         raise _unusable("two tokens share one id")
-    if missing := sum(character not in vocab for character in _BYTE_OF):
+    if missing := sum(character not in vocab for character in BYTE_OF):
         raise _unusable(f"{missing} of the 256 bytes have no token, so it is not byte-level")
     for merge in merges:
         parts = merge.split(" ") if isinstance(merge, str) else merge
@@ -262,19 +262,18 @@ def _check_pre_tokenizer(pre_tokenizer: object) -> None:
         raise _unusable("its pre-tokenizer removes text")
 
 
-def _border(added: Sequence[Mapping[str, Any]]) -> int:
+def _border(special_ids: Mapping[str, int]) -> int:
     """The id of the document border."""
-    special = {token["content"]: token["id"] for token in added if token.get("special")}
-    for name in END_NAMES:
-        if name in special:
-            return int(special[name])
-    raise _unusable(f"it has no document border: expected one special token of {END_NAMES}")
+    found = border(special_ids)
+    if found is None:
+        raise _unusable(f"it has no document border: expected one special token of {END_NAMES}")
+    return found
 
 
 def _spelled_bytes(token: str) -> bytes:
     """The bytes a vocabulary entry stands for; one that spells none stands for its own text."""
     try:
-        return bytes(_BYTE_OF[character] for character in token)
+        return bytes(BYTE_OF[character] for character in token)
     except KeyError:
         return utf8(token)
 

@@ -5,13 +5,15 @@ Knows nothing of merges.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamoe.tokenizer.base import unknown_id, utf8
+from deltamoe.tokenizer.special import END
 
 __all__ = ["ByteTokenizer"]
 
@@ -24,6 +26,9 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 257
     end_id = 256
+    stop_ids = frozenset({end_id})
+    special_ids: Mapping[str, int] = MappingProxyType({END: end_id})
+    unused_ids: Sequence[int] = ()
     fingerprint = hashlib.sha256(json.dumps(_DEFINITION, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
