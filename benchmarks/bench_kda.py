@@ -1,12 +1,23 @@
-"""How fast is the chunk form of KDA beside its definition, and does its cost grow linearly?
+"""How fast is the chunk form of KDA on a CPU, beside its definition, its peers and the floor?
 
     python benchmarks/bench_kda.py
 
-Prints medians and ratios of one run. The floor is the same run's fp32 matrix product, with
-T H (640 K + 6 K V) useful operations forward (64-row tiles).
+Each row runs in a process of its own, which also measures the machine's fp32 matrix product (the
+floor) and what the row adds to the process's peak memory. The ratios are of one run. Useful
+operations forward: T H (640 K + 6 K V). Peers: transformers' torch path, and flash-linear-
+attention's naive chunk form where fla-core is installed.
 """
 
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from machine import describe, median_seconds
@@ -15,64 +26,123 @@ from torch.nn.functional import normalize
 
 from deltamoe.ops.kda import kda_chunk, kda_recurrent
 
-H, K, V = 8, 128, 128
+T, H, K, V = 2048, 8, 128, 128
+USEFUL = T * H * (640 * K + 6 * K * V)
+OURS = "chunk, native"
 
 
-def inputs(T: int) -> list[Tensor]:
+def inputs(time: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Random inputs at the 48B's head size; gradients are wanted for all."""
-    q = normalize(torch.randn(1, T, H, K), dim=-1) * K**-0.5
-    k = normalize(torch.randn(1, T, H, K), dim=-1)
-    v = torch.randn(1, T, H, V)
-    log_decay = -torch.rand(1, T, H, K)
-    beta = torch.rand(1, T, H)
-    return [x.requires_grad_() for x in (q, k, v, log_decay, beta)]
+    q = normalize(torch.randn(1, time, H, K), dim=-1) * K**-0.5
+    k = normalize(torch.randn(1, time, H, K), dim=-1)
+    v = torch.randn(1, time, H, V)
+    log_decay = -torch.rand(1, time, H, K)
+    beta = torch.rand(1, time, H)
+    halves = [x.to(dtype) for x in (q, k, v)]
+    return [x.requires_grad_() for x in (*halves, log_decay, beta)]
 
 
-def forward(function, tensors: list[Tensor], **options: str) -> None:
-    with torch.no_grad():
-        function(*tensors, **options)
+def transformers_chunk() -> Callable[..., Any]:
+    from transformers.models.kimi_linear import modeling_kimi_linear as peer
+
+    return peer.chunk_kimi_delta_attention
 
 
-def both(function, tensors: list[Tensor], **options: str) -> None:
-    out, _ = function(*tensors, **options)
-    torch.autograd.grad(out.sum(), tensors)
+def fla_naive() -> Callable[..., Any]:
+    """The file alone: the package around it needs Triton."""
+    package = importlib.util.find_spec("fla")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError("fla-core is not installed")
+    path = Path(package.submodule_search_locations[0]) / "ops" / "kda" / "naive.py"
+    spec = importlib.util.spec_from_file_location("fla_naive_kda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return partial(module.naive_chunk_kda, scale=1.0)
+
+
+# name: (what makes the function, dtype of q, k and v, repeats)
+ROWS: dict[str, tuple[Callable[[], Callable[..., Any]], torch.dtype, int]] = {
+    OURS: (lambda: partial(kda_chunk, backend="native"), torch.float32, 11),
+    "chunk, native, bf16": (lambda: partial(kda_chunk, backend="native"), torch.bfloat16, 11),
+    "chunk, dyadic (PyTorch)": (lambda: partial(kda_chunk, backend="dyadic"), torch.float32, 5),
+    "recurrent, reference": (
+        lambda: partial(kda_recurrent, backend="reference"),
+        torch.float32,
+        1,
+    ),
+    "transformers, torch path": (transformers_chunk, torch.float32, 1),
+    "fla, naive_chunk": (fla_naive, torch.float32, 1),
+}
+
+
+def resident() -> int:
+    """Peak bytes of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(name: str) -> dict[str, float]:
+    make, dtype, repeats = ROWS[name]
+    function = make()
+    a = torch.randn(2048, 2048)
+    peak = 2 * 2048**3 / median_seconds(lambda: a @ a)
+    tensors = inputs(T, dtype)
+    before = resident()
+
+    def forward() -> None:
+        with torch.no_grad():
+            function(*tensors)
+
+    def both() -> None:
+        out = function(*tensors)[0]
+        torch.autograd.grad(out.float().sum(), tensors)
+
+    return {
+        "forward": median_seconds(forward, repeats),
+        "both": median_seconds(both, repeats),
+        "extra_bytes": resident() - before,
+        "peak": peak,
+    }
 
 
 def main() -> None:
     torch.manual_seed(0)
+    if sys.argv[1:]:
+        print(json.dumps(measure(sys.argv[1])))
+        return
     print(describe())
-    a = torch.randn(2048, 2048)
-    peak = 2 * 2048**3 / median_seconds(lambda: a @ a)
-    print(f"fp32 matrix product {peak / 1e9:.0f} GFLOP/s")
+    print(f"\nH={H} K={K} V={V} T={T}      forward   of fp32 peak   both ways   extra memory")
+    rows = {}
+    for name in ROWS:
+        done = subprocess.run(
+            [sys.executable, __file__, name], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            print(f"{name:26s} not measured: {done.stderr.strip().splitlines()[-1]}")
+            continue
+        row = rows[name] = json.loads(done.stdout.splitlines()[-1])
+        share = USEFUL / row["forward"] / row["peak"]
+        print(
+            f"{name:26s} {row['forward'] * 1e3:6.1f} ms {share:14.1%} "
+            f"{row['both'] * 1e3:8.1f} ms {row['extra_bytes'] / 2**20:10.0f} MiB",
+            flush=True,
+        )
+    ours = rows[OURS]
+    print("\nnative in fp32 against        forward   both ways   memory")
+    for name, row in rows.items():
+        if name != OURS:
+            print(
+                f"{name:26s} {row['forward'] / ours['forward']:8.2f} x "
+                f"{row['both'] / ours['both']:8.2f} x "
+                f"{row['extra_bytes'] / ours['extra_bytes']:7.1f} x"
+            )
 
-    T = 2048
-    tensors = inputs(T)
-    print(f"\nH={H} K={K} V={V} T={T}, fp32         forward    forward + backward")
-    rows = {
-        "recurrent, reference": (kda_recurrent, "reference", 1),
-        "chunk, reference": (kda_chunk, "reference", 1),
-        "chunk, dyadic": (kda_chunk, "dyadic", 5),
-    }
-    seconds = {}
-    for name, (function, backend, repeats) in rows.items():
-        seconds[name] = [
-            median_seconds(partial(run, function, tensors, backend=backend), repeats)
-            for run in (forward, both)
-        ]
-        one, two = seconds[name]
-        print(f"{name:28s} {one * 1e3:10.1f} ms {two * 1e3:17.1f} ms", flush=True)
-    ours, slow = seconds["chunk, dyadic"], seconds["recurrent, reference"]
-    useful = T * H * (640 * K + 6 * K * V)
-    print(
-        f"dyadic is {slow[0] / ours[0]:.1f} x the recurrence forward, {slow[1] / ours[1]:.1f} x "
-        f"both ways, and runs at {useful / ours[0] / peak:.0%} of the matrix product forward"
-    )
-
-    print("\nprefill, dyadic: the cost of a token must not grow with the length")
-    for T in (1024, 2048, 4096, 8192, 16384):
-        tensors = [x.detach() for x in inputs(T)]
-        each = median_seconds(partial(forward, kda_chunk, tensors), 3) / T
-        print(f"T = {T:6d}: {each * 1e6:7.2f} us a token")
+    print("\nprefill: the cost of a token must not grow with the length")
+    for time in (1024, 2048, 4096, 8192, 16384):
+        tensors = [x.detach() for x in inputs(time)]
+        each = median_seconds(lambda t=tensors: kda_chunk(*t), 5) / time
+        print(f"T = {time:6d}: {each * 1e6:7.2f} us a token")
 
 
 if __name__ == "__main__":

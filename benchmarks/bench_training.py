@@ -31,10 +31,7 @@ def step(model: HybridLM, ids: torch.Tensor, borders: torch.Tensor) -> None:
     """Forward and backward over one packed batch that predicts itself."""
     model.zero_grad(set_to_none=True)
     hidden = model.hidden(ids[None], cu_seqlens=borders).hidden
-    vocab_size = model.config.vocab_size
-    loss = next_token_loss(
-        hidden[0], ids, model.logits, num_targets=len(ids), vocab_size=vocab_size
-    )
+    loss = next_token_loss(hidden[0], ids, model.head_weight, num_targets=len(ids))
     loss.backward()
 
 

@@ -23,6 +23,7 @@ def make_config(**changes: Any) -> RunConfig:
         "balance": BalanceConfig(sequence_balance_loss=1e-2, z_loss=1e-3),
         # One thread: a tiny model gains nothing from two, and a busy machine makes them wait.
         "train": TrainConfig(
+            precision="fp32",
             steps=6, checkpoint_every=2, validate_every=2, validation_tokens=200, threads=1
         ),
     }

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from deltamoe.config.run import OptimizerConfig
 from deltamoe.errors import CheckpointError
-from deltamoe.training.optimizer import MuonAdamW, orthogonalize, rule_for
+from deltamoe.ops.muon import orthogonalize
+from deltamoe.training.optimizer import MuonAdamW, rule_for
 
 CONFIG = OptimizerConfig(lr=3e-3, muon_lr=1e-2, weight_decay=0.1, eps=1e-8)
 
@@ -41,10 +42,9 @@ def test_a_matrix_moves_as_under_torch_muon(shape):
         theirs, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
     step_together([mine, torchs], [ours, theirs])
-    # Both iterate in bf16 (8 bits), through different kernels: a few ulp of the update's size,
-    # which is 3 steps of lr * 0.2 sqrt(40) times entries near 1/sqrt(32).
+    # Both iterate in bf16 (8 bits), in another order: each is about 1 % from the exact update.
     moved = (theirs[0] - start).norm()
-    assert (ours[0] - theirs[0]).norm() < 0.01 * moved
+    assert (ours[0] - theirs[0]).norm() < 0.02 * moved
 
 
 def test_momentum_and_decay_equal_torch_muon_exactly():
@@ -90,7 +90,7 @@ def test_slicing_a_batch_changes_nothing_but_rounding(monkeypatch):
     whole, sliced = [parameter(7, 6, 10)], [parameter(7, 6, 10)]
     name = "blocks.1.channel.experts.w_up"
     step_together([MuonAdamW([(name, whole[0])], CONFIG)], [whole])
-    monkeypatch.setattr("deltamoe.training.optimizer.SLICE_ELEMENTS", 130)  # two matrices
+    monkeypatch.setattr("deltamoe.ops.muon.reference.SLICE_ELEMENTS", 130)  # two matrices
     step_together([MuonAdamW([(name, sliced[0])], CONFIG)], [sliced])
     torch.testing.assert_close(whole[0], sliced[0], rtol=1e-5, atol=1e-6)
 

@@ -72,17 +72,18 @@ def test_router_noise_is_a_function_of_the_step(config, data, tmp_path):
     assert_same_future(trainer, other, num_steps=2)
 
 
-def test_the_dtype_of_newton_schulz_stays_with_the_run(config, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "deltamoe.training.trainer.newton_schulz_dtype", lambda device: torch.bfloat16
-    )
-    trainer = Trainer(config(), data)
+def test_the_fastest_dtype_stays_with_the_run(config, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("deltamoe.training.trainer.fastest_dtype", lambda device: torch.bfloat16)
+    run = config(train={"precision": "auto"})
+    trainer = Trainer(run, data)
     trainer.train_step()
-    monkeypatch.setattr(
-        "deltamoe.training.trainer.newton_schulz_dtype", lambda device: torch.float32
-    )
-    other = restarted(trainer, config(), data, tmp_path)
+    monkeypatch.setattr("deltamoe.training.trainer.fastest_dtype", lambda device: torch.float32)
+    other = restarted(trainer, run, data, tmp_path)
     assert other.optimizer.newton_schulz_dtype == torch.bfloat16
+    assert other.forward_dtype == torch.bfloat16
+    assert Trainer(run, data).forward_dtype == torch.float32
+    named = config(train={"precision": "bf16"})
+    assert Trainer(named, data).forward_dtype == torch.bfloat16
 
 
 def test_cutting_a_step_into_micro_batches_changes_only_rounding(config, data):

@@ -78,6 +78,16 @@ def _needs_native(library: str) -> Callable[[str, torch.dtype], str | None]:
     return why_not
 
 
+def _needs_amx(device_type: str, dtype: torch.dtype) -> str | None:
+    if dtype != torch.bfloat16:
+        return f"it multiplies in bf16, and {dtype} was asked for"
+    if reason := _needs_native("muon")(device_type, dtype):
+        return reason
+    if not importlib.import_module("deltamoe.ops.muon.native").is_possible():
+        return "this processor has no AMX tiles"
+    return None
+
+
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "kda": (
         Backend("fla", "deltamoe.ops.kda.fla", _needs_fla),
@@ -85,8 +95,33 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("dyadic", "deltamoe.ops.kda.dyadic", _anywhere),
         Backend("reference", "deltamoe.ops.kda.reference", _anywhere),
     ),
+    "attention": (
+        Backend("native", "deltamoe.ops.attention.native", _needs_native("attention")),
+        Backend("torch", "deltamoe.ops.attention.reference", _anywhere),
+    ),
+    "kda_decay": (
+        Backend("native", "deltamoe.ops.kda.decay.native", _needs_native("decay")),
+        Backend("torch", "deltamoe.ops.kda.decay.reference", _anywhere),
+    ),
+    "short_conv": (
+        Backend("native", "deltamoe.ops.short_conv.native", _needs_native("conv")),
+        Backend("torch", "deltamoe.ops.short_conv.reference", _anywhere),
+    ),
+    "norm": (
+        Backend("native", "deltamoe.ops.norm.native", _needs_native("norm")),
+        Backend("torch", "deltamoe.ops.norm.reference", _anywhere),
+    ),
+    "cross_entropy": (
+        Backend("native", "deltamoe.ops.cross_entropy.native", _needs_native("loss")),
+        Backend("torch", "deltamoe.ops.cross_entropy.reference", _anywhere),
+    ),
+    "muon": (
+        Backend("native", "deltamoe.ops.muon.native", _needs_amx),
+        Backend("torch", "deltamoe.ops.muon.reference", _anywhere),
+    ),
     "experts": (
         Backend("grouped", "deltamoe.ops.experts.grouped", _needs_cuda),
+        Backend("native", "deltamoe.ops.experts.native", _needs_native("experts")),
         Backend("segments", "deltamoe.ops.experts.segments", _anywhere),
         Backend("reference", "deltamoe.ops.experts.reference", _anywhere),
     ),

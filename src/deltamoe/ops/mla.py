@@ -10,14 +10,12 @@ Without positions (Kimi Linear's way) the P channels take part unrotated.
 Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1; Kimi Linear (arXiv 2510.26692), section 4.
 """
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from deltamoe.ops.rows import inverse_of, move_rows
+from deltamoe.ops.attention import causal_attention
 
 __all__ = ["attend", "attend_absorbed", "attend_expanded", "attend_packed", "rotate"]
 
@@ -63,14 +61,22 @@ def attend_expanded(
     past: Int[Tensor, "B"] | None = None,
 ) -> Float[Tensor, "B T H V"]:
     """Make every source's keys and values, then softmax attention; see ``attend``."""
+    k_nope, v = _expand(latent, w_key), _expand(latent, w_value)
+    if past is None:
+        return causal_attention(q_nope, q_rope, k_nope, rope_key, v)
     heads = w_key.shape[0]
-    k_nope = torch.einsum("bsl,hkl->bhsk", latent, w_key)
-    v = torch.einsum("bsl,hvl->bhsv", latent, w_value)
-    k = torch.cat([k_nope, rope_key.unsqueeze(1).expand(-1, heads, -1, -1).to(k_nope.dtype)], -1)
+    k_rope = rope_key.unsqueeze(2).expand(-1, -1, heads, -1).to(k_nope.dtype)
+    k = torch.cat([k_nope, k_rope], dim=-1).transpose(1, 2)
     q = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
-    mask = None if past is None else _visible(past, q.shape[2], k.shape[2])[:, None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    mask = _visible(past, q.shape[2], k.shape[2])[:, None]
+    out = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=mask)
     return out.transpose(1, 2)
+
+
+def _expand(latent: Tensor, weight: Tensor) -> Tensor:
+    """[B, S, L] through [H, channels, L] -> [B, S, H, channels]."""
+    heads: Tensor = F.linear(latent, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
+    return heads
 
 
 def attend_absorbed(
@@ -105,34 +111,9 @@ def attend_packed(
     w_value: Float[Tensor, "H V L"],
     cu_seqlens: Int[Tensor, "..."],
 ) -> Float[Tensor, "1 T H V"]:
-    """Attend within each of the sequences packed along T, and never across their borders.
-
-    Sequences of one length are attended together, so a batch of equal rows costs one call.
-    """
-    starts_of: dict[int, list[int]] = {}
-    for start, stop in pairwise(cu_seqlens.tolist()):
-        if stop > start:
-            starts_of.setdefault(stop - start, []).append(start)
-    tokens = [x[0] for x in (q_nope, q_rope, latent, rope_key)]
-    if not starts_of:
-        return q_nope.new_empty(1, 0, *w_value.shape[:2])
-    by_length = torch.cat([_spans(starts, n, latent.device) for n, starts in starts_of.items()])
-    in_order = inverse_of(by_length, len(tokens[0]))
-    tokens = [move_rows(x, by_length, in_order) for x in tokens]
-    parts, done = [], 0
-    for length, starts in starts_of.items():
-        size = length * len(starts)
-        rows = [x[done : done + size].unflatten(0, (-1, length)) for x in tokens]
-        part = attend_expanded(rows[0], rows[1], rows[2], rows[3], w_key, w_value)
-        parts.append(part.flatten(0, 1))
-        done += size
-    return move_rows(torch.cat(parts), in_order, by_length).unsqueeze(0)
-
-
-def _spans(starts: list[int], length: int, device: torch.device) -> Tensor:
-    """The positions start .. start + length - 1 for each start, one after the other."""
-    offsets = torch.arange(length, device=device)
-    return (torch.tensor(starts, device=device)[:, None] + offsets).flatten()
+    """Attend within each of the sequences packed along T, and never across their borders."""
+    k_nope, v = _expand(latent, w_key), _expand(latent, w_value)
+    return causal_attention(q_nope, q_rope, k_nope, rope_key, v, cu_seqlens=cu_seqlens)
 
 
 def rotate(

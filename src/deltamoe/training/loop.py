@@ -97,10 +97,7 @@ class _Loop:
         self.sampler = sampler
         self.saved_step = trainer.step if trainer.saved else None
         self.flops_per_token = 3 * flops_per_token(config.model, context=config.data.context)
-        self.peak = matmul_flops_per_s(
-            trainer.device,
-            torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
-        )
+        self.peak = matmul_flops_per_s(trainer.device, trainer.forward_dtype)
         # A stop_at that the run has reached has served its purpose.
         self.end = config.train.steps
         if config.train.stop_at is not None and config.train.stop_at > trainer.step:

@@ -12,7 +12,6 @@ Source: Muon is Scalable for LLM Training (arXiv 2502.16982), section 2; Kimi Li
 ``adjust_lr_fn="match_rms_adamw"``, which takes 2-D tensors only.
 """
 
-import math
 import re
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, overload
@@ -23,8 +22,9 @@ from torch.optim.adamw import adamw
 
 from deltamoe.config.run import OptimizerConfig
 from deltamoe.errors import CheckpointError
+from deltamoe.ops.muon import muon_step_
 
-__all__ = ["RULES", "MuonAdamW", "Rule", "newton_schulz_dtype", "orthogonalize", "rule_for"]
+__all__ = ["RULES", "MuonAdamW", "Rule", "fastest_dtype", "rule_for"]
 
 Method = Literal["muon", "adamw"]
 
@@ -52,12 +52,6 @@ RULES = (
     Rule(r".*\.(w_gate|w_up|w_down)(\.weight)?", "muon", True),
 )
 
-# Newton-Schulz runs on slices of a batch of this many elements: near a core's cache, and a bound on
-# the extra memory. A single larger matrix is a slice of its own.
-SLICE_ELEMENTS = 2**21
-
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-
 
 def rule_for(name: str) -> Rule:
     """The first rule that matches a parameter's name; ValueError if none does."""
@@ -67,36 +61,13 @@ def rule_for(name: str) -> Rule:
     raise ValueError(f"no optimizer rule matches the parameter {name!r}: add it to RULES")
 
 
-def newton_schulz_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which Newton-Schulz is fastest here: bf16 if the device multiplies it natively.
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """The dtype whose products are fastest here: bf16 if the device multiplies it natively.
 
-    A run records the answer and keeps it, so that a resumed run computes the same updates.
+    A run records the answer and keeps it, so that a resumed run computes the same numbers.
     """
     has_fast_bf16 = device.type != "cpu" or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_fast_bf16 else torch.float32
-
-
-def orthogonalize(matrices: Tensor, *, num_iterations: int = 5) -> Tensor:
-    """Push every singular value of each matrix toward 1 by Newton-Schulz.
-
-    Args:
-        matrices: [n, rows, columns] with rows <= columns, so that the Gram matrices are the small
-            ones. Its dtype is the dtype of the computation.
-        num_iterations: 5 brings singular values above 1e-3 of the norm into about 0.7 to 1.2.
-
-    Returns:
-        a new tensor of the same shape and dtype.
-
-    Cost: ``num_iterations * (4 rows^2 columns + 2 rows^3)`` FLOPs a matrix.
-    """
-    a, b, c = COEFFICIENTS
-    norms = torch.linalg.matrix_norm(matrices, keepdim=True)
-    x: Tensor = matrices / norms.clamp(min=1e-7)
-    for _ in range(num_iterations):
-        gram = x @ x.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, gram, x, beta=a)
-    return x
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -166,24 +137,15 @@ class MuonAdamW(torch.optim.Optimizer):
         return None
 
     def _step_muon(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
-        # Wide matrices of one shape share a batch: all layers, all experts, w_down beside w_up.
-        batches: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-        for parameter in parameters:
-            assert parameter.grad is not None
-            momentum = self._moments(parameter, "momentum")["momentum"]
-            momentum.lerp_(parameter.grad, 1 - self.momentum)
-            update = parameter.grad.lerp(momentum, self.momentum)
-            update, target = _as_wide(update), _as_wide(parameter)
-            batches.setdefault(update.shape[-2:], []).append((target, update))
-            parameter.mul_(1 - lr * weight_decay)
-        for shape, batch in batches.items():
-            stacked = torch.cat([update.to(self.newton_schulz_dtype) for _, update in batch])
-            slices = torch.split(stacked, max(1, SLICE_ELEMENTS // shape.numel()))
-            orthogonal = torch.cat([orthogonalize(piece) for piece in slices])
-            scale = 0.2 * math.sqrt(max(shape))
-            pieces = torch.split(orthogonal, [len(target) for target, _ in batch])
-            for (target, _), piece in zip(batch, pieces, strict=True):
-                target.add_(piece, alpha=-lr * scale)
+        muon_step_(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [self._moments(p, "momentum")["momentum"] for p in parameters],
+            lr=lr,
+            weight_decay=weight_decay,
+            beta=self.momentum,
+            dtype=self.newton_schulz_dtype,
+        )
 
     def _step_adamw(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
         states = [
@@ -249,10 +211,3 @@ def _zeros(parameter: Tensor, kind: str) -> Tensor:
     if kind == "num_updates":
         return torch.zeros((), dtype=torch.float32, device=parameter.device)
     return torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-
-
-def _as_wide(matrices: Tensor) -> Tensor:
-    """View [..., rows, columns] as [n, rows', columns'] with rows' <= columns'."""
-    rows, columns = matrices.shape[-2:]
-    stack = matrices.view(-1, rows, columns)
-    return stack if rows <= columns else stack.mT

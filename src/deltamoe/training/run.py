@@ -24,6 +24,7 @@ from deltamoe.checkpoint import (
 from deltamoe.checkpoint.durable import replace_file
 from deltamoe.checkpoint.folder import CONFIG
 from deltamoe.checkpoint.lock import LOCK
+from deltamoe.checkpoint.manifest import MANIFEST
 from deltamoe.config import RunConfig, check_format, read_json, to_dict
 from deltamoe.config.parse import leaves
 from deltamoe.data import PreparedData
@@ -69,6 +70,11 @@ def require_enterable(folder: Path, config: RunConfig, *, resume: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: this is a file; expected a folder for the run")
+    if (folder / MANIFEST).exists():
+        raise ConfigError(
+            f"{folder}: a checkpoint and not a run: it can be used and cannot be trained on; "
+            "resume the run it was made from"
+        )
     if (folder / CONFIG).exists():
         if not resume:
             raise ConfigError(

@@ -47,7 +47,7 @@ from deltamoe.training.nonfinite import (
     first_bad_gradient,
     first_bad_output,
 )
-from deltamoe.training.optimizer import MuonAdamW, newton_schulz_dtype
+from deltamoe.training.optimizer import MuonAdamW, fastest_dtype
 from deltamoe.training.schedule import learning_rate_factor
 from deltamoe.version import __version__
 
@@ -105,9 +105,12 @@ class Trainer:
         self.step: int = saved.get("step", 0)
         self.num_tokens: int = saved.get("num_tokens", 0)
         self.saved = saved
-        self._newton_schulz_dtype = (
-            _DTYPES[saved["newton_schulz_dtype"]] if saved else newton_schulz_dtype(self.device)
-        )
+        fastest = _name_of(fastest_dtype(self.device))
+        wanted = config.train.precision
+        self.forward_dtype = _DTYPES[
+            saved.get("forward_dtype", fastest if wanted == "auto" else wanted)
+        ]
+        self._newton_schulz_dtype = _DTYPES[saved.get("newton_schulz_dtype", fastest)]
         self.loader = Loader(
             data,
             context=config.data.context,
@@ -137,14 +140,14 @@ class Trainer:
         where = f"on the CPU with {threads} threads" if self.device.type == "cpu" else "on CUDA"
         muon = _name_of(self._newton_schulz_dtype)
         return (
-            f"weights, gradients and moments fp32, forward {self.config.train.precision}"
+            f"weights, gradients and moments fp32, forward {_name_of(self.forward_dtype)}"
             + (f", Muon's iterations {muon}" if self.config.optimizer.name == "muon" else "")
             + f"; {where}"
         )
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of forward passes: bf16 where the model allows it, or none."""
-        is_enabled = self.config.train.precision == "bf16"
+        is_enabled = self.forward_dtype == torch.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_enabled)
 
     def train_step(self) -> StepReport:
@@ -173,7 +176,7 @@ class Trainer:
         report.grad_norm = norm.item()
         if not math.isfinite(report.loss + report.balance_loss + report.grad_norm):
             raise self._not_finite(batches, num_targets, report)
-        if config.optimizer.clip_norm:
+        if 0 < config.optimizer.clip_norm < report.grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip_norm, norm)
         self.optimizer.step()
         self._update_balance_biases(report.counts)
@@ -204,6 +207,7 @@ class Trainer:
             "num_tokens": self.num_tokens,
             "loader": self.loader.position,
             "data": self.data.fingerprint,
+            "forward_dtype": _name_of(self.forward_dtype),
             "newton_schulz_dtype": _name_of(self._newton_schulz_dtype),
             "threads": torch.get_num_threads(),
             "versions": {
@@ -267,9 +271,8 @@ class Trainer:
             loss = next_token_loss(
                 out.hidden[0],
                 batch.targets.to(self.device),
-                self.model.logits,
+                self.model.head_weight,
                 num_targets=max(1, num_targets),
-                vocab_size=self.config.model.vocab_size,
             )
         balance_loss = self._balance_loss(out.routings, cu_seqlens)
         return loss, balance_loss / self.config.train.accumulate, out.routings
@@ -365,7 +368,8 @@ def _read_train_state(checkpoint: Checkpoint) -> dict[str, Any]:
     state = read_json(path, error=CheckpointError)
     check_format(state, source=str(path), error=CheckpointError)
     missing = {"step", "num_tokens", "loader", "data", "newton_schulz_dtype", "record"} - set(state)
-    if missing or state["newton_schulz_dtype"] not in _DTYPES:
+    dtypes = {state.get("newton_schulz_dtype"), state.get("forward_dtype", "fp32")}
+    if missing or not dtypes <= set(_DTYPES):
         raise CheckpointError(f"{path}: not a training state of this program; use another one")
     return state
 

@@ -72,11 +72,7 @@ def validate(
             ids, cu_seqlens = batch.ids.to(device), batch.cu_seqlens.to(device)
             hidden = model.hidden(ids[None], cu_seqlens=cu_seqlens).hidden[0]
             nats += next_token_loss(
-                hidden,
-                targets.to(device),
-                model.logits,
-                num_targets=1,
-                vocab_size=model.config.vocab_size,
+                hidden, targets.to(device), model.head_weight, num_targets=1
             ).item()
             predicted = targets[targets != NO_TARGET]
             num_tokens += len(predicted)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from deltamoe.ops.backend import BACKENDS, select
-from deltamoe.ops.experts import combine, dispatch, run_experts
+from deltamoe.ops.experts import choose_experts, combine, dispatch, run_experts
 
 N, D, E, A, HIDDEN = 13, 8, 5, 2, 12
 
@@ -55,7 +55,7 @@ def sorted_by_expert(x, w_gate, w_up, w_down, weights, ids, backend) -> torch.Te
 def test_backends_are_the_loop(backend: str, is_swiglu: bool) -> None:
     tensors, ids = inputs(is_swiglu), choices()
     tolerance = 1e-12
-    if backend == "grouped":  # fp32 and multiples of 16 bytes only
+    if backend in ("grouped", "native"):  # fp32, and for the first multiples of 16 bytes, only
         tensors = {
             n: None if x is None else x.detach().float().requires_grad_()
             for n, x in tensors.items()
@@ -116,3 +116,16 @@ def test_a_full_expert_drops_second_choices_first() -> None:
     y = combine(routed.tokens, routed, weights)  # experts that answer with the token itself
     torch.testing.assert_close(y[:3], 2 * x[:3])
     torch.testing.assert_close(y[3], x[3])  # a dropped assignment adds nothing
+
+
+@pytest.mark.parametrize("backend", ["native", "segments"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (50, 8, 3), (400, 96, 8), (5, 4, 4), (0, 6, 2)])
+def test_the_best_experts_in_order_and_ties_by_index(backend: str, shape: tuple) -> None:
+    tokens, experts, choices = shape
+    scores = torch.randint(5, (tokens, experts)).float()  # many ties
+    scores[1::7, experts // 2] = float("nan")
+    scores[2::7] = -torch.inf
+    ids = choose_experts(scores, choices, backend=backend)
+    for row, got in zip(scores.tolist(), ids.tolist(), strict=True):
+        key = [torch.inf if s != s else s for s in row]
+        assert got == sorted(range(experts), key=lambda e, key=key: (-key[e], e))[:choices]

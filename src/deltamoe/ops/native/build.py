@@ -9,6 +9,7 @@ too, so that both share one pool of threads and ``torch.set_num_threads`` rules 
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -46,7 +47,11 @@ def open_library(name: str) -> ctypes.CDLL:
     path = cache_folder() / f"{name}-{_key(name, compiler, flags)}.so"
     try:
         if not path.exists():
-            _compile(compiler, flags, _SOURCES / f"{name}.cpp", path)
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with (path.parent / f"{name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it: wait for it
+                if not path.exists():
+                    _compile(compiler, flags, _SOURCES / f"{name}.cpp", path)
         if path.stat().st_uid != os.getuid():
             raise BuildError(f"{path} belongs to another user; remove it")
         return ctypes.CDLL(str(path))
@@ -101,8 +106,7 @@ def _processor() -> str:
 
 
 def _compile(compiler: str, flags: tuple[str, ...], source: Path, path: Path) -> None:
-    """Compile beside ``path``, then rename: another process sees the whole library or none."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Compile beside ``path``, then rename: a library is there whole or not at all."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         command = [compiler, *flags, str(source), "-o", str(made)]

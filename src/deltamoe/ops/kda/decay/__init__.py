@@ -5,16 +5,18 @@ Two activations, which are two different models and never stand in for one anoth
     softplus   log_decay = -exp(A_log) softplus(logits + dt_bias)             unbounded below
     bounded    log_decay = lower_bound sigmoid(exp(A_log) (logits + dt_bias))  >= lower_bound
 
+Lives here: the operator and, in ``reference.py``, its definition; the CPU's kernel is
+``native.py`` over ``ops/native/decay.cpp``.
 Source: Kimi Linear (arXiv 2510.26692), section 4 and the published modeling code (softplus);
 flash-linear-attention's "safe gate" (bounded). The names A_log and dt_bias are the checkpoints'.
 """
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from deltamoe.ops.kda.shapes import compute_dtype
+from deltamoe.ops.backend import select
+from deltamoe.ops.kda.decay import reference
 
 __all__ = ["kda_decay"]
 
@@ -37,10 +39,11 @@ def kda_decay(
     Returns:
         The natural log of the per-step retention, fp32 (fp64 for fp64 logits).
     """
-    dtype = compute_dtype(logits)
+    # torch.compile traces PyTorch's operations, and fuses them itself.
+    is_traced = torch.compiler.is_compiling()
+    module = (
+        reference if is_traced else select("kda_decay", "auto", logits.device.type, logits.dtype)
+    )
     with torch.autocast(logits.device.type, enabled=False):
-        shifted = logits.to(dtype) + dt_bias.to(dtype).view(logits.shape[-2:])
-        rate = A_log.to(dtype).exp()[:, None]
-        if lower_bound is None:
-            return -rate * F.softplus(shifted)
-        return lower_bound * torch.sigmoid(rate * shifted)
+        result: Tensor = module.kda_decay(logits, A_log, dt_bias, lower_bound=lower_bound)
+    return result
