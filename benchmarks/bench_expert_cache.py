@@ -46,8 +46,11 @@ def write_random(folder: Path, config: ModelConfig) -> Checkpoint:
     specs = [spec for _, spec in stored_tensors(config, _BITS, dtype="BF16")]
     specs.sort(key=lambda spec: spec.dtype != "F32")  # the widest first: aligned
     generator = _seeded()
-    codes = torch.randint(0, 256, (2 * _BLOCK,), dtype=torch.uint8, generator=generator)
-    floats = torch.randn(_BLOCK, generator=generator) * 0.02
+    # around their middles, 128 and 8: a mean would make all tokens alike
+    codes = torch.randint(1, 256, (2 * _BLOCK,), dtype=torch.uint8, generator=generator)
+    halves = torch.randint(1, 16, (2, 2 * _BLOCK), dtype=torch.uint8, generator=generator)
+    of_bits = {8: codes, 4: halves[0] | halves[1] << 4}
+    floats = torch.randn(2 * _BLOCK, generator=generator) * 0.02
 
     def pieces(spec: TensorSpec) -> Iterator[torch.Tensor]:
         left, begin = spec.num_bytes, 0
@@ -55,14 +58,14 @@ def write_random(folder: Path, config: ModelConfig) -> Checkpoint:
             size = min(left, _BLOCK)
             begin = (begin + 7_919_111) % _BLOCK  # another part of the same block each time
             if spec.dtype == "U8":
-                yield codes[begin : begin + size]
-            elif spec.dtype == "F16":  # codes of -8 to 7 times this are weights of about 0.02
-                yield (floats[: size // 2].abs() * 0.1 + 0.003).half()
+                yield of_bits[8 if spec.shape[-1] == 512 else 4][begin : begin + size]
+            elif spec.dtype == "F16":  # times codes of 4 this gives weights of about 0.02
+                yield (floats[begin : begin + size // 2].abs() * 0.1 + 0.003).half()
             elif spec.name.endswith("norm.weight"):
                 yield torch.ones(size // 2, dtype=torch.bfloat16)
             else:
                 dtype = DTYPES[spec.dtype]
-                yield floats[: size // dtype.itemsize].to(dtype)
+                yield floats[begin : begin + size // dtype.itemsize].to(dtype)
             left -= size
 
     write_pieces(folder / WEIGHTS, specs, pieces, quantized_metadata(_BITS))

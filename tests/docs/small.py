@@ -45,7 +45,7 @@ SMALL = {
     "model.kda.num_heads": "2",
     "model.kda.num_value_heads": "none",
     "model.kda.key_dim": "8",
-    "model.kda.value_dim": "6",
+    "model.kda.value_dim": "8",  # as wide as the keys, or it could not be exported
     "model.kda.decay_rank": "none",
     "model.kda.output_gate_rank": "none",
     "model.mla.num_heads": "2",
@@ -106,6 +106,8 @@ class Workbench:
             "chat": self._reader,
             "eval": self._reader,
             "inspect": self._reader,
+            "convert": self._convert,
+            "quantize": self._convert,
             "plan": self._configured,
             "config": self._configured,
             "data": self._data,
@@ -191,6 +193,10 @@ class Workbench:
             self._make(f"{blimp}/agreement.jsonl", pair)
         limit = {"generate": "8", "chat": "8", "eval": "200"}.get(verb)
         return [*words, "--max-tokens", limit] if limit else words
+
+    def _convert(self, verb: str, words: list[str]) -> list[str]:
+        source = _parsed(import_module(f"deltamoe.cli.{verb}").command, words)["source"]
+        return _replaced(words, source, self.trained(source))
 
     def _configured(self, verb: str, words: list[str]) -> list[str]:
         command = import_module(f"deltamoe.cli.{verb}").command

@@ -17,6 +17,7 @@ from deltamoe.conversion.plan import ConversionPlan, PlannedFile
 from deltamoe.conversion.source import Source
 from deltamoe.conversion.stream import OTHER_BYTES, Progress, Stream, stored_dtype
 from deltamoe.plan import weights
+from deltamoe.tokenizer.chat_template import CHAT_TEMPLATE
 
 __all__ = ["plan_native", "write_native"]
 
@@ -77,6 +78,8 @@ def write_native(
         stream.write(folder / WEIGHTS, specs, lambda spec: source.pieces(by_name[spec.name]))
         if tokenizer is not None:
             tokenizer.save(folder)
+        if source.turns is not None:
+            (folder / CHAT_TEMPLATE).write_text(source.turns.jinja(), encoding="utf-8")
 
     expected = _num_bytes(specs) + OTHER_BYTES
     return write_new_folder(out, fill, step=source.step, expected_bytes=expected)

@@ -123,6 +123,8 @@ def _checkpoint(checkpoint: Checkpoint, overrides: Sequence[str]) -> Source:
         )
     check_shapes(header, ((weight.name, weight.shape) for weight in weights(run.model)))
 
+    tokenizer = _tokenizer(checkpoint.path, run.model)
+
     def read(tensor: PublishedTensor) -> "Tensor":
         from deltamoe.checkpoint.tensors import map_tensor, require_finite
 
@@ -137,7 +139,8 @@ def _checkpoint(checkpoint: Checkpoint, overrides: Sequence[str]) -> Source:
         step=checkpoint.step,
         dtype=header.tensors["embedding.weight"].dtype,
         read=read,
-        tokenizer=_tokenizer(checkpoint.path, run.model),
+        tokenizer=tokenizer,
+        turns=None if tokenizer is None else read_chat_template(checkpoint.path, tokenizer),
     )
 
 
