@@ -2,22 +2,27 @@
 
     python benchmarks/bench_training.py
 
-1. The demo's model (`nano`) with KDA's best backend, and with its definition, token by token.
-2. Peak memory of a 4,096-token step of `mini`, in a process of its own.
+1. The demo's model (`nano`) in fp32 and in bf16, and with KDA's definition, token by token.
+2. `mini` in fp32 and bf16, as a share of the same run's matrix product.
+3. Peak memory of a 4,096-token step of `mini`, in a process of its own.
+
+Without the optimizer. The variants take turns, so that a slow minute hits them all.
 """
 
 import resource
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from machine import describe, median_seconds
+from machine import describe, interleaved_seconds, median_seconds
 
 from deltamoe.config import RunConfig, preset
 from deltamoe.model import HybridLM
 from deltamoe.ops.kda import kda_recurrent
+from deltamoe.plan import flops_per_token
 from deltamoe.training.loss import next_token_loss
 
 
@@ -27,11 +32,12 @@ def build(config: RunConfig) -> HybridLM:
     return model.train()
 
 
-def step(model: HybridLM, ids: torch.Tensor, borders: torch.Tensor) -> None:
+def step(model: HybridLM, ids: torch.Tensor, borders: torch.Tensor, *, bf16: bool = False) -> None:
     """Forward and backward over one packed batch that predicts itself."""
     model.zero_grad(set_to_none=True)
-    hidden = model.hidden(ids[None], cu_seqlens=borders).hidden
-    loss = next_token_loss(hidden[0], ids, model.head_weight, num_targets=len(ids))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        hidden = model.hidden(ids[None], cu_seqlens=borders).hidden
+        loss = next_token_loss(hidden[0], ids, model.head_weight, num_targets=len(ids))
     loss.backward()
 
 
@@ -46,19 +52,43 @@ def batch(config: RunConfig, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.arange(0, rows * context + 1, context)
 
 
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a square product."""
+    a = torch.randn(2048, 2048).to(dtype)
+    return 2 * 2048**3 / median_seconds(lambda: a @ a)
+
+
+def rates(config: RunConfig, repeats: int) -> dict[str, float]:
+    """Tokens a second in fp32 and bf16, medians of turns, and each one's share of the peak."""
+    model = build(config)
+    tokens = batch(config, max(1, 4096 // config.data.context))
+    runs = {"fp32": partial(step, model, *tokens), "bf16": partial(step, model, *tokens, bf16=True)}
+    seconds = interleaved_seconds(runs, repeats)
+    flops = 3 * flops_per_token(config.model, context=config.data.context) * len(tokens[0])
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        share = flops / seconds[name] / matmul_rate(dtype)
+        print(
+            f"{name:24s} {len(tokens[0]) / seconds[name]:8.0f} tokens/s, "
+            f"{share:.0%} of the {name} matrix product"
+        )
+    return {name: len(tokens[0]) / took for name, took in seconds.items()}
+
+
 def speed() -> None:
     config = preset("nano")
-    model = build(config)
-    rows = config.data.rows
-    print(f"\nnano, {rows} x {config.data.context} tokens a step, fp32, without the optimizer")
-    fast = batch(config, rows)
-    rate = len(fast[0]) / median_seconds(lambda: step(model, *fast), 5)
-    print(f"chunk, best backend       {rate:8.0f} tokens/s")
+    print(f"\nnano, 4,096 tokens a step in rows of {config.data.context}")
+    ours = rates(config, 9)
     with patch("deltamoe.layers.kda.kda_chunk", recurrent_reference):
+        model = build(config)
         slow = batch(config, 1)
         slow_rate = len(slow[0]) / median_seconds(lambda: step(model, *slow), 1)
-    print(f"recurrent, reference      {slow_rate:8.0f} tokens/s")
-    print(f"ratio {rate / slow_rate:.1f}")
+    print(f"{'KDA token by token, fp32':24s} {slow_rate:8.0f} tokens/s")
+    for name, rate in ours.items():
+        print(f"ratio in {name}: {rate / slow_rate:.1f}")
+    config = preset("mini")
+    print(f"\nmini, 4,096 tokens a step in rows of {config.data.context}")
+    ours = rates(config, 3)
+    print(f"bf16 is {ours['bf16'] / ours['fp32']:.2f} x fp32")
 
 
 def memory() -> None:

@@ -5,7 +5,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from deltamoe.cli.process import settle
 
 settle()  # the benchmarks measure what the command line runs
 
-__all__ = ["RESULTS", "describe", "median_seconds"]
+__all__ = ["RESULTS", "describe", "interleaved_seconds", "median_seconds"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,3 +44,18 @@ def median_seconds(run: Callable[[], object], repeats: int = 5) -> float:
         run()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
+
+
+def interleaved_seconds(
+    runs: Mapping[str, Callable[[], object]], repeats: int = 5
+) -> dict[str, float]:
+    """The median of each one's runs, taken in turns after one to warm up."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(taken) for name, taken in times.items()}
