@@ -5,7 +5,7 @@ set -eu
 deltamoe=$1
 run=$2
 
-echo "── training: about ten minutes on two cores; Ctrl-C saves, and the same command goes on ──"
+echo "── training: five to ten minutes on two cores; Ctrl-C saves, and the same command goes on ──"
 "$deltamoe" train nano --out "$run" --resume \
     data.path=sotu train.sample_prompt="Fellow citizens"
 

@@ -133,6 +133,8 @@ def serve(arguments: list[str]) -> None:
 
 
 class Contestant:
+    """A process that holds a model and decodes when it is told to."""
+
     def __init__(self, *arguments: str, threads: int) -> None:
         command = [sys.executable, "-m", "benchmarks.bench_decode", "--serve", *arguments]
         self._process = subprocess.Popen(
@@ -147,6 +149,7 @@ class Contestant:
             raise SystemExit(f"{' '.join(arguments)} did not start")
 
     def seconds(self, batch: int = 1) -> float:
+        """Let it decode once."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{batch}\n")
         self._process.stdin.flush()
@@ -157,6 +160,7 @@ class Contestant:
         return self._process.stdout.readline().strip()
 
     def close(self) -> None:
+        """Let it go."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
@@ -166,9 +170,10 @@ class Contestant:
 
 
 def gguf_files(folder: Path, precisions: list[str]) -> dict[str, Path]:
+    from tests.conversion.gguf.exported import save
+
     from deltamoe.conversion import open_source
     from deltamoe.conversion.gguf import write_gguf
-    from tests.conversion.gguf.exported import save
 
     source = open_source(save(folder / "checkpoint", build("f32")))
     types = {"f32": "f32", "bf16": "bf16", "8 bits": "q8_0", "4 bits": "f32"}
@@ -181,9 +186,7 @@ def gguf_files(folder: Path, precisions: list[str]) -> dict[str, Path]:
             wide = folder / "wide.gguf"
             write_gguf(source, wide, dtype="f32")
             command = [sys.executable, "-m", "benchmarks.bench_decode", "--quantize"]
-            subprocess.run(
-                [*command, str(wide), str(file)], check=True, stderr=subprocess.DEVNULL
-            )
+            subprocess.run([*command, str(wide), str(file)], check=True, stderr=subprocess.DEVNULL)
         files[precision] = file
     return files
 

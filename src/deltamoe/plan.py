@@ -10,7 +10,7 @@ Source: Kimi Linear (arXiv 2510.26692), sections 3 to 5, also for the FLOPs of t
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, NamedTuple
@@ -18,7 +18,9 @@ from typing import Literal, NamedTuple
 from deltamoe.config import KdaConfig, MlaConfig, ModelConfig, MoeConfig, RunConfig
 
 __all__ = [
+    "BITS",
     "PARTS",
+    "Bits",
     "GenerationPlan",
     "Parameters",
     "Plan",
@@ -27,14 +29,19 @@ __all__ = [
     "activation_bytes",
     "cache_bytes_per_token",
     "flops_per_token",
+    "generation_plan",
     "machine_memory",
     "parameters",
     "plan",
+    "quantized_bits",
+    "quantized_shapes",
     "state_bytes_per_sequence",
     "weights",
 ]
 
 Dtype = Literal["fp32", "bf16"]
+Bits = Literal[8, 4]
+BITS: tuple[Bits, ...] = (8, 4)
 Part = Literal[
     "embedding", "kda", "mla", "mlp", "router", "experts", "shared_expert", "norm", "head"
 ]
@@ -52,6 +59,8 @@ PARTS: tuple[Part, ...] = (
 
 _BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
 _CHUNK = 64  # C, tokens per chunk of the published kernels
+_TILE, _GROUP = 16, 32  # outputs and inputs of a quantised matrix, filled up to multiples of these
+_PROGRAM_BYTES = 1 << 30  # the program and torch, 500 MiB, and the activations of a prompt
 
 
 class Weight(NamedTuple):
@@ -169,6 +178,39 @@ def _moe_weights(moe: MoeConfig, dim: int) -> Iterator[Weight]:
         yield from (w for w in shared if is_swiglu or not w.name.endswith("w_gate.weight"))
 
 
+def quantized_bits(weight: Weight, bits: Bits) -> Bits | None:
+    """How many bits an element of ``weight`` takes in a model quantised to ``bits``.
+
+    None means that the tensor stays as it is: whatever is no matrix, the embedding (a token reads
+    one row of it), the router and beta (small, and which experts are chosen hangs on it), and MLA's
+    ``latent_up`` (decoding multiplies it along the other axis). The head and the decay's two
+    matrices take 8 bits at least.
+    """
+    if weight.part == "head" or ".decay_" in weight.name:
+        return 8
+    is_matrix = weight.optimizer == "muon" and weight.part != "router"
+    return bits if is_matrix and not weight.name.endswith("latent_up.weight") else None
+
+
+def quantized_shapes(shape: Sequence[int], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of the codes (bytes) and scales (fp16) of a weight at so many bits.
+
+    The layout is that of ``deltamoe.ops.quantized``.
+    """
+    *lead, rows, columns = shape
+    tiles, groups = -(-rows // _TILE), -(-columns // _GROUP)
+    return (*lead, tiles, groups, _TILE * _GROUP * bits // 8), (*lead, tiles, groups, _TILE)
+
+
+def _stored_bytes(weight: Weight, dtype: Dtype, bits: Bits | None) -> int:
+    """Bytes of one weight in memory or in a file."""
+    own = None if bits is None else quantized_bits(weight, bits)
+    if own is not None:
+        values, scales = quantized_shapes(weight.shape, own)
+        return prod(values) + 2 * prod(scales)
+    return weight.size * (4 if weight.is_fp32 else _BYTES[dtype])
+
+
 def _muon(name: str, shape: tuple[int, ...], part: Part) -> Weight:
     return Weight(name, shape, part, None, "muon", prod(shape))
 
@@ -280,27 +322,34 @@ def activation_bytes(run: RunConfig) -> int:
     Numbers kept for each token, ``e`` bytes each (2 in bf16, else 4) unless said otherwise:
 
     * a block's two norms and residual sums: ``6 D``;
-    * KDA: its convolution's channels at 4 stages, ``4 Hv V`` around the output gate, and in fp32
-      ``4 Hv K`` for the decay, ``Hv (4 C + K + V)`` within the chunks, ``Hv K V / C`` of memory;
-    * MLA: ``4 L + P`` of the latent, ``H (5 (nope + P) + 6 V)`` in and around the attention;
-    * an MLP ``4 F``, an expert ``2 D + 4 F`` for each token it is sent, a router ``4 E`` in fp32;
-    * the head: the logits three times in fp32.
+    * KDA: the convolution's inputs, ``Hv K`` decay logits, both bottlenecks, ``4 Hv V`` of values
+      and around the output gate, and in fp32 ``2 H K`` of queries and keys, ``Hv (K + 2)`` of
+      decay and beta, ``Hv (2 C + V)`` within the chunks, ``Hv K V / C`` of memory;
+    * MLA: ``2 L + P`` of the latent, ``H (2 nope + P + 2 V)`` in and behind the attention;
+    * an MLP ``2 F``, an expert ``2 F`` for each token it is sent, a router ``4 E`` in fp32;
+    * the head keeps no logits: their gradient is taken slice by slice; ``D`` for the hidden vectors'.
 
     With ``checkpoint_activations`` a block keeps its input (D) and only the costliest block counts
-    in full. A test holds the blocks' part within a quarter of what autograd stores on a CPU; fused
-    kernels keep less, allocators waste some: read it as "about", not as a bound.
+    in full. A test holds it within a quarter of what autograd stores with the CPU's kernels; PyTorch's
+    own forms keep up to twice as much, allocators waste some: read it as "about", not as a bound.
     """
     config, tokens = run.model, run.data.rows * run.data.context
+    precision = _widest_precision(run)
     blocks = [
-        _mixer_activation_bytes(config, layer, run.train.precision)
-        + _channel_activation_bytes(config, layer, run.train.precision)
+        _mixer_activation_bytes(config, layer, precision)
+        + _channel_activation_bytes(config, layer, precision)
         for layer in range(config.num_layers)
     ]
     if run.train.checkpoint_activations:
-        kept = config.num_layers * _BYTES[run.train.precision] * config.dim + max(blocks)
+        kept = config.num_layers * _BYTES[precision] * config.dim + max(blocks)
     else:
         kept = sum(blocks)
-    return tokens * (kept + 12 * config.vocab_size)
+    return tokens * (kept + 4 * config.dim)
+
+
+def _widest_precision(run: RunConfig) -> Dtype:
+    """What "auto" may turn out to be on a machine that is not known here."""
+    return "fp32" if run.train.precision == "auto" else run.train.precision
 
 
 def _mixer_activation_bytes(config: ModelConfig, layer: int, precision: Dtype) -> int:
@@ -309,23 +358,25 @@ def _mixer_activation_bytes(config: ModelConfig, layer: int, precision: Dtype) -
         assert config.kda is not None
         kda, heads = config.kda, config.kda.value_heads
         K, V = kda.key_dim, kda.value_dim
-        in_fp32 = heads * (4 * K + 4 * _CHUNK + K + V + K * V // _CHUNK)
-        return e * (3 * dim + 4 * kda.conv_channels + 4 * heads * V) + 4 * in_fp32
+        bottlenecks = kda.decay_bottleneck + kda.gate_bottleneck
+        in_fp32 = 2 * kda.num_heads * K + heads * (K + 2 + 2 * _CHUNK + V + K * V // _CHUNK)
+        kept = 2 * dim + kda.conv_channels + bottlenecks + heads * (K + 4 * V)
+        return e * kept + 4 * in_fp32
     assert config.mla is not None
     mla = config.mla
-    latent = 4 * mla.latent_dim + mla.rope_dim
-    attention = mla.num_heads * (5 * mla.query_dim + 6 * mla.value_dim)
-    return e * (3 * dim + latent + attention)
+    latent = 2 * mla.latent_dim + mla.rope_dim
+    attention = mla.num_heads * (2 * mla.nope_dim + mla.rope_dim + 2 * mla.value_dim)
+    return e * (2 * dim + latent + attention)
 
 
 def _channel_activation_bytes(config: ModelConfig, layer: int, precision: Dtype) -> int:
     e, dim = _BYTES[precision], config.dim
     if config.channel(layer) == "mlp":
-        return e * (3 * dim + 4 * config.mlp_dim)
+        return e * (3 * dim + 2 * config.mlp_dim)
     assert config.moe is not None
     moe = config.moe
-    routed = moe.experts_per_token * (2 * dim + 4 * moe.expert_dim)
-    return e * (3 * dim + routed + 4 * moe.shared_dim) + 16 * moe.num_experts
+    hidden = moe.experts_per_token * moe.expert_dim + moe.shared_dim
+    return e * (3 * dim + 2 * hidden) + 16 * moe.num_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,12 +406,21 @@ class TrainingPlan:
 class GenerationPlan:
     """What generating costs in ``dtype``; sizes in bytes.
 
-    ``sequence_bytes`` is one sequence's state and its cache at ``Plan.context`` tokens;
-    ``sequences_that_fit`` is how many find room beside the weights.
+    ``bits`` is what the matrices are quantised to, None if they are not. ``sequence_bytes`` is one
+    sequence's state and its cache at ``Plan.context`` tokens; ``sequences_that_fit`` is how many
+    find room beside the weights. ``expert_bytes`` is one routed expert, of ``num_experts`` in all
+    layers together. ``resident_bytes`` is everything but them: the other weights, one sequence, and
+    a generous share for the program; ``cached_experts`` is how many find room beside it, if the
+    others stay on the disk.
     """
 
     dtype: Dtype
+    bits: Bits | None
     weight_bytes: int
+    expert_bytes: int
+    num_experts: int
+    resident_bytes: int
+    cached_experts: int
     sequence_bytes: int
     total_bytes: int
     sequences_that_fit: int
@@ -398,6 +458,7 @@ def plan(
     context: int | None = None,
     memory_bytes: int | None = None,
     dtype: Dtype | None = None,
+    bits: Bits | None = None,
 ) -> Plan:
     """Work out what a run costs.
 
@@ -407,22 +468,23 @@ def plan(
         memory_bytes: memory to fit in; None means this machine's.
         dtype: of weights, convolution tail and cache when generating; None means the precision
             of training.
+        bits: of the matrices when generating; None means that they are in ``dtype``.
     """
     context = run.data.context if context is None else context
     memory_bytes = machine_memory() if memory_bytes is None else memory_bytes
-    dtype = run.train.precision if dtype is None else dtype
-    state = state_bytes_per_sequence(run.model, dtype)
-    cache = cache_bytes_per_token(run.model, dtype)
+    dtype = _widest_precision(run) if dtype is None else dtype
     return Plan(
         parameters=parameters(run.model),
         context=context,
         flops_per_token=flops_per_token(run.model, context=context),
         flops_per_next_token=flops_per_token(run.model, context=context, form="recurrent"),
-        state_bytes_per_sequence=state,
-        cache_bytes_per_token=cache,
+        state_bytes_per_sequence=state_bytes_per_sequence(run.model, dtype),
+        cache_bytes_per_token=cache_bytes_per_token(run.model, dtype),
         memory_bytes=memory_bytes,
         training=_training(run, memory_bytes),
-        generation=_generation(run.model, dtype, state + context * cache, memory_bytes),
+        generation=generation_plan(
+            run.model, context=context, memory_bytes=memory_bytes, dtype=dtype, bits=bits
+        ),
     )
 
 
@@ -439,7 +501,7 @@ def _training(run: RunConfig, memory_bytes: int) -> TrainingPlan:
     trained = sum(w.size for w in all_weights if w.optimizer != "none")
     by_muon = sum(w.size for w in all_weights if w.optimizer == "muon")
     moments = 2 * trained - (by_muon if run.optimizer.name == "muon" else 0)
-    copies = 2 * trained if run.train.precision == "bf16" else 0
+    copies = 0 if run.train.precision == "fp32" else 2 * trained
     activations = activation_bytes(run)
     total = 4 * (size + trained + moments) + copies + activations
     return TrainingPlan(
@@ -457,18 +519,36 @@ def _training(run: RunConfig, memory_bytes: int) -> TrainingPlan:
     )
 
 
-def _generation(
-    config: ModelConfig, dtype: Dtype, sequence_bytes: int, memory_bytes: int
+def generation_plan(
+    config: ModelConfig,
+    *,
+    context: int,
+    memory_bytes: int,
+    dtype: Dtype,
+    bits: Bits | None = None,
 ) -> GenerationPlan:
-    weight_bytes = sum(w.size * (4 if w.is_fp32 else _BYTES[dtype]) for w in weights(config))
-    total = weight_bytes + sequence_bytes
-    room = max(memory_bytes - weight_bytes, 0)
+    """Work out what generating costs; the arguments are those of ``plan``."""
+    sequence = state_bytes_per_sequence(config, dtype)
+    sequence += context * cache_bytes_per_token(config, dtype)
+    sizes = [(weight.part, _stored_bytes(weight, dtype, bits)) for weight in weights(config)]
+    weight_bytes = sum(size for _, size in sizes)
+    all_experts = sum(size for part, size in sizes if part == "experts")
+    sparse = sum(config.channel(layer) == "moe" for layer in range(config.num_layers))
+    num_experts = sparse * config.moe.num_experts if config.moe else 0
+    expert_bytes = all_experts // max(num_experts, 1)
+    total = weight_bytes + sequence
+    resident = total - all_experts + _PROGRAM_BYTES
     return GenerationPlan(
         dtype=dtype,
+        bits=bits,
         weight_bytes=weight_bytes,
-        sequence_bytes=sequence_bytes,
+        expert_bytes=expert_bytes,
+        num_experts=num_experts,
+        resident_bytes=resident,
+        cached_experts=min(num_experts, max(memory_bytes - resident, 0) // max(expert_bytes, 1)),
+        sequence_bytes=sequence,
         total_bytes=total,
-        sequences_that_fit=room // sequence_bytes if sequence_bytes else 0,
+        sequences_that_fit=max(memory_bytes - weight_bytes, 0) // sequence if sequence else 0,
         fits=total <= memory_bytes,
     )
 

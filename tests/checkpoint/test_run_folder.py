@@ -200,13 +200,14 @@ def test_what_is_neither(run: Path, tmp_path: Path) -> None:
         find_checkpoint(run)
 
 
-@pytest.mark.parametrize("weights", ["model.safetensors", "model-00001-of-00020.safetensors"])
-def test_a_published_folder_is_refused_in_words(weights: str, run: Path) -> None:
-    (run / weights).touch()
+def test_a_published_folder_is_a_model_and_no_run(run: Path) -> None:
+    (run / "model.safetensors").touch()
     (run / "config.json").write_text('{"model_type": "kimi_linear", "hidden_size": 2304}')
-    for read in (find_checkpoint, load_config):
-        with pytest.raises(CheckpointError, match="this version reads the runs of deltamoe only"):
-            read(run)
+    assert set(find_checkpoint(run).manifest.files) == {"config.json", "model.safetensors"}
+    with pytest.raises(CheckpointError, match="num_hidden_layers is missing"):
+        load_config(run)
+    with pytest.raises(CheckpointError, match="not a run of deltamoe"):
+        load_run_config(run)
 
 
 # ── config.json ──────────────────────────────────────────────────────────────────────────────────

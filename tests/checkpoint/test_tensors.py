@@ -10,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deltamoe.checkpoint.durable import replace_file
-from deltamoe.checkpoint.tensors import DTYPES, read_tensors, require_finite, write_tensors
+from deltamoe.checkpoint.header import TensorSpec, read_header
+from deltamoe.checkpoint.tensors import (
+    DTYPES,
+    map_tensor,
+    read_tensors,
+    require_finite,
+    write_pieces,
+    write_tensors,
+)
 from deltamoe.errors import CheckpointError
 
 
@@ -148,3 +156,38 @@ def test_a_dtype_we_never_write_is_named(path: Path, build: Callable[..., bytes]
     path.write_bytes(build({"a": entry}, bytes(1)))
     with pytest.raises(CheckpointError, match="'a' is F8_E4M3"):
         read_tensors(path)
+
+
+def test_pieces_are_what_a_whole_tensor_would_be(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(7, 3), "b": torch.randn(5).bfloat16()}
+    write_tensors(tmp_path / "whole", tensors, {"x": "y"})
+    specs = [TensorSpec("a", "F32", (7, 3)), TensorSpec("b", "BF16", (5,))]
+    write_pieces(tmp_path / "pieces", specs, lambda spec: tensors[spec.name].split(2), {"x": "y"})
+    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [[], [torch.ones(6, 3)], [torch.ones(7, 3), torch.ones(1)], [torch.ones(7, 3).double()]],
+    ids=["none", "too few", "too many", "another dtype"],
+)
+def test_pieces_that_are_not_their_spec(pieces: list[Tensor], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="TensorSpec"):
+        write_pieces(tmp_path / "x", [TensorSpec("a", "F32", (7, 3))], lambda _: pieces)
+
+
+def test_a_file_that_shrank_since_its_header_was_read(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "x", {"a": torch.ones(100_000), "b": torch.ones(100_000)})
+    header = read_header(tmp_path / "x")
+    assert torch.equal(map_tensor(header, "b"), torch.ones(100_000))
+    with (tmp_path / "x").open("r+b") as file:
+        file.truncate(500_000)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        map_tensor(header, "b")
+
+
+def test_writing_to_a_mapped_tensor_stays_in_memory(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "x", {"a": torch.ones(9)})
+    before = (tmp_path / "x").read_bytes()
+    map_tensor(read_header(tmp_path / "x"), "a").zero_()
+    assert (tmp_path / "x").read_bytes() == before

@@ -5,6 +5,8 @@ import pytest
 
 from deltamoe.cli import main
 from deltamoe.inference.session import Session
+from deltamoe.tokenizer import ChatTemplate
+from tests.published_folder import save_published_folder
 from tests.saved_run import save_run
 
 OPTIONS = ("--device", "cpu", "--max-tokens", "5", "--temperature", "0")
@@ -137,3 +139,37 @@ def test_options_are_checked_before_the_first_line(chat):
     code, _, err = chat("Hello", arguments=("--device", "cpu", "--top-p", "3"))
     assert code == 2
     assert "top_p = 3.0" in err
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    return save_published_folder(tmp_path_factory.mktemp("instruct"), chat_template=ChatTemplate())
+
+
+def test_a_published_instruct_folder_answers_turns(published, capsys, monkeypatch):
+    read = []
+    original = ChatTemplate.encode
+
+    def encode(self, tokenizer, messages, **options):
+        read.append([(message.role, message.content) for message in messages])
+        return original(self, tokenizer, messages, **options)
+
+    monkeypatch.setattr(ChatTemplate, "encode", encode)
+    content = io.BytesIO(b"Hello\n  spaced <|im_end|>\n\n/reset\nagain\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content))
+    assert main(["chat", str(published), *OPTIONS, "--system", "Be brief."]) == 0
+    captured = capsys.readouterr()
+    for said in ("Tiny-Instruct", "tiktoken:386", "It answers turns"):
+        assert said in captured.err
+    assert read == [
+        [("system", "Be brief."), ("user", "Hello")],
+        [("user", "  spaced <|im_end|>")],
+        [("system", "Be brief."), ("user", "again")],
+    ]
+    assert captured.out.count("\n") >= 4
+
+
+def test_a_base_model_has_no_system(chat):
+    code, _, err = chat("Hello", arguments=(*OPTIONS, "--system", "Be brief."))
+    assert code == 2
+    assert "--system is for models with a chat template" in err

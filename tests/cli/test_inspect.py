@@ -1,6 +1,7 @@
 """``deltamoe inspect``: what is there is shown, what is wrong is the exit code."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from deltamoe.config.parse import to_json
 from deltamoe.config.run import RunConfig
 from deltamoe.errors import CheckpointError
 from deltamoe.testing import tiny_config, tiny_model
+from tests.published_folder import save_published_folder
 
 CONFIG = RunConfig(model=tiny_config())
 
@@ -121,3 +123,52 @@ def test_torch_is_not_imported_without_deep(run: Path) -> None:
         "command(sys.argv[1:], standalone_mode=False); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, str(run)], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    return {n: save_published_folder(tmp_path_factory.mktemp("hf"), files=n) for n in (1, 3)}
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_a_published_folder(published: dict[int, Path], files: int) -> None:
+    output, fault = inspect(published[files], "--json")
+    assert fault is None
+    report = json.loads(output)
+    assert report["kind"] == "published"
+    assert len(report["headers"]) == files
+    assert sum(header["tensors"] for header in report["headers"]) == len(report["tensors"])
+    assert report["parameters"] == sum(report["parameters_by_dtype"].values())
+    assert report["tensors"][0]["name"] == "model.embed_tokens.weight"
+    output, fault = inspect(published[files], "--deep")
+    assert fault is None
+    for text in ("2 layers (km)", "lm_head.weight", ".safetensors", "finite       True"):
+        assert text in output
+
+
+def test_a_faulty_published_folder_is_shown_as_far_as_it_goes(
+    published: dict[int, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(published[3], tmp_path / "faulty"))
+    (folder / "model-00002-of-00003.safetensors").write_bytes(b"short")
+    output, fault = inspect(folder)
+    assert isinstance(fault, CheckpointError)
+    assert "00002" in str(fault)
+    assert "2 layers (km)" in output
+    assert "model.embed_tokens.weight" in output
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    output, fault = inspect(folder, "--json")
+    assert "llama" in str(fault)
+    report = json.loads(output[: output.rindex("}") + 1])
+    assert "llama" in report["model"]
+    assert len(report["headers"]) == 2
+
+
+def test_torch_is_not_imported_for_a_published_folder(published: dict[int, Path]) -> None:
+    program = (
+        "import sys; from deltamoe.cli.inspect import command; "
+        "command(sys.argv[1:], standalone_mode=False); assert 'torch' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, str(published[3])], check=True, capture_output=True
+    )

@@ -5,6 +5,7 @@ import pytest
 from deltamoe.errors import ConfigError
 from deltamoe.inference.answer import Answer, StopFilter
 from deltamoe.tokenizer import ByteTokenizer
+from tests.kimi_vocabulary import kimi_tokenizer
 
 TOKENIZER = ByteTokenizer()
 
@@ -88,3 +89,12 @@ def test_stop_does_not_depend_on_how_the_text_is_cut(stop, before):
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ConfigError, match="stop"):
         StopFilter(("x", ""))
+
+
+@pytest.mark.parametrize("name", ["<|im_end|>", "[EOS]", "[BOS]"])
+def test_each_stop_id_ends_the_text_unseen(name):
+    tokenizer = kimi_tokenizer()
+    answer = Answer(tokenizer, max_tokens=10, stop=())
+    answer.push(ord("a"))
+    answer.push(tokenizer.special_ids[name])
+    assert (answer.text, answer.ids, answer.finish_reason) == ("a", [97], "end")

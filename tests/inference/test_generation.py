@@ -214,3 +214,35 @@ def test_an_unfinished_row_can_be_put_aside(model):
         rest = generate(model, TOKENIZER, "", max_tokens=3, temperature=0.0, state=generation.state)
         whole = generate(model, TOKENIZER, generation.prompt, max_tokens=7, temperature=0.0)
         assert generation.ids + rest.ids == whole.ids
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "repetition_penalty": 1.5},
+        {"temperature": 50.0},
+        {"temperature": 50.0, "top_k": 250, "top_p": 0.99, "min_p": 1e-9},
+    ],
+)
+def test_ids_that_stand_for_nothing_are_never_chosen(sampling):
+    """Whatever the model likes best: neither holes of the vocabulary nor rows beyond it."""
+
+    class WithHoles(ByteTokenizer):
+        unused_ids = tuple(range(100, 256))
+
+    model = tiny_model(num_layers=2, vocab_size=300)
+    with torch.no_grad():
+        model.head.weight[100:256] *= 50
+        model.head.weight[257:] *= 50
+    tokenizer = WithHoles()
+    for generation in generate(model, tokenizer, PROMPTS, max_tokens=12, **sampling):
+        assert all(token_id < 100 for token_id in generation.ids)
+    free = generate(model, ByteTokenizer(), PROMPTS, max_tokens=12, **sampling)
+    assert any(token_id >= 100 for generation in free for token_id in generation.ids)
+
+
+def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused():
+    model = tiny_model(num_layers=2, vocab_size=256)
+    with pytest.raises(ConfigError, match=r"257 ids, the model's\s+vocabulary 256"):
+        generate(model, TOKENIZER, "x")

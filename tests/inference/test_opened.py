@@ -6,6 +6,8 @@ import torch
 from deltamoe.errors import BackendUnavailableError, CheckpointError, ConfigError
 from deltamoe.inference.generation import generate
 from deltamoe.inference.opened import open_model
+from deltamoe.tokenizer import ChatTemplate
+from tests.published_folder import save_published_folder
 from tests.saved_run import save_run
 
 
@@ -57,3 +59,29 @@ def test_devices_are_refused_in_words(run):
         open_model(run, device="gpu")
     with pytest.raises(BackendUnavailableError, match="cuda:97"):
         open_model(run, device="cuda:97")
+
+
+def test_a_published_folder_opens_as_a_run_does(tmp_path):
+    folder = save_published_folder(tmp_path, chat_template=ChatTemplate(), files=3)
+    opened = open_model(folder, device="cpu")
+    assert opened.label == "Tiny-Instruct"
+    assert opened.tokenizer.name == "tiktoken:386"
+    assert opened.chat_template == ChatTemplate()
+    assert opened.config.model == opened.model.config
+    assert opened.validation_bits_per_byte is None
+    generation = generate(opened.model, opened.tokenizer, ["a", "中文"], max_tokens=20)
+    assert all(i < opened.tokenizer.vocab_size for g in generation for i in g.ids)
+
+
+def test_a_base_model_has_no_turns(tmp_path, run):
+    assert open_model(save_published_folder(tmp_path), device="cpu").chat_template is None
+    assert open_model(run, device="cpu").chat_template is None
+
+
+def test_a_tokenizer_beyond_the_embedding_is_refused_before_the_weights_are_read(
+    tmp_path, monkeypatch
+):
+    folder = save_published_folder(tmp_path, vocab_size=380)
+    monkeypatch.setattr("deltamoe.inference.opened.load", None)
+    with pytest.raises(ConfigError, match="do not belong together"):
+        open_model(folder, device="cpu")

@@ -31,6 +31,23 @@ def test_sigmoid_scores_each_expert_on_its_own() -> None:
     assert got.counts.tolist() == torch.bincount(best.flatten(), minlength=8).tolist()
 
 
+def test_the_bias_weighs_only_if_told_to() -> None:
+    """The published modeling code adds the bias in place, so there it weighs too."""
+    published = {"routed_scale": 2.446, "num_groups": 4, "groups_per_token": 2}
+    plain, biased = router(**published), router(**published, has_biased_weights=True)
+    plain.balance_bias.normal_()
+    biased.load_state_dict(plain.state_dict())
+    x = torch.randn(N, D, dtype=torch.float64)
+    one, other = plain(x), biased(x)
+    assert torch.equal(one.expert_ids, other.expert_ids)
+    assert torch.equal(one.scores, other.scores)
+    for got, bias in ((one, 0.0), (other, plain.balance_bias.double())):
+        chosen = (one.scores + bias).gather(1, one.expert_ids)
+        expected = 2.446 * chosen / (chosen.sum(1, keepdim=True) + 1e-20)
+        torch.testing.assert_close(got.expert_weights, expected, rtol=1e-12, atol=0)
+    assert not torch.equal(one.expert_weights, other.expert_weights)
+
+
 def test_both_orders_of_softmax_agree_once_renormalised() -> None:
     before, after = router(scoring="softmax"), router(scoring="topk_softmax")
     after.load_state_dict(before.state_dict())

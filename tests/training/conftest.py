@@ -24,7 +24,11 @@ def make_config(**changes: Any) -> RunConfig:
         # One thread: a tiny model gains nothing from two, and a busy machine makes them wait.
         "train": TrainConfig(
             precision="fp32",
-            steps=6, checkpoint_every=2, validate_every=2, validation_tokens=200, threads=1
+            steps=6,
+            checkpoint_every=2,
+            validate_every=2,
+            validation_tokens=200,
+            threads=1,
         ),
     }
     for name, values in changes.items():

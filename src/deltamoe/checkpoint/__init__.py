@@ -1,7 +1,7 @@
 """Weights and runs on disk: read without trust, written so that a crash harms nothing.
 
 What lives here: the safetensors header and tensors, the manifest and the step folder it seals,
-the run folder with its lock, and ``load``, which turns a folder into a model.
+the run folder with its lock, the published format, and ``load``, which turns a folder into a model.
 May import: errors, config, plan, ops, layers, model. What needs torch is imported when it is first
 used, so that a look at a header stays quick.
 Read first: folder.py, the write protocol; then header.py, the reader of hostile files.

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import click
 
+from deltamoe.cli.process import settle
 from deltamoe.errors import DeltamoeError, Interrupted
 from deltamoe.version import __version__
 
@@ -30,7 +31,10 @@ VERBS = {
     "generate": "Continue a text.",
     "chat": "Talk to a model.",
     "eval": "Measure a model.",
+    "convert": "Write a model for other programs, or read theirs.",
+    "quantize": "Write a model in 8 or 4 bits.",
     "inspect": "Look into a checkpoint without loading it.",
+    "verify": "Check that a checkpoint is whole, and that it runs.",
     "doctor": "Report what this machine and this installation can do.",
     "backends": "List each operator's implementations and which can run here.",
 }
@@ -100,9 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; None takes the process's own.
     """
-    # Threads that spin at a barrier starve the very thread they wait for as soon as another program
-    # wants a core: a training step then takes ten times as long. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    settle()
     given = list(sys.argv[1:] if arguments is None else arguments)
     color = False if "NO_COLOR" in os.environ else None
     debug = False

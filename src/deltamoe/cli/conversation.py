@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from deltamoe.cli.format import count, size
-from deltamoe.cli.sampling import DEFAULTS
+from deltamoe.cli.sampling import DEFAULTS, cache_report
 from deltamoe.errors import ConfigError, DeltamoeError
 from deltamoe.inference.opened import OpenedModel
 from deltamoe.inference.sampler import Sampler
@@ -37,15 +37,25 @@ class Conversation:
     Args:
         opened: the model to talk to.
         options: keyword arguments of ``Session.stream``.
+        system: what the system says first; for models with turns.
 
     Raises:
-        ConfigError: an option out of range.
+        ConfigError: an option out of range, or a system's turn for a base model.
     """
 
-    def __init__(self, opened: OpenedModel, options: dict[str, Any]) -> None:
+    def __init__(self, opened: OpenedModel, options: dict[str, Any], *, system: str = "") -> None:
+        if system and opened.chat_template is None:
+            raise ConfigError(
+                "--system is for models with a chat template; this one continues text: "
+                "begin with what it should continue"
+            )
         self._opened = opened
         self._session = Session(
-            opened.model, opened.tokenizer, weights_sha256=opened.checkpoint.weights_sha256
+            opened.model,
+            opened.tokenizer,
+            weights_sha256=opened.checkpoint.weights_sha256,
+            chat_template=opened.chat_template,
+            system=system,
         )
         self._options = options
         Sampler(**self._chance())
@@ -95,7 +105,13 @@ class Conversation:
 
     def _answer(self, line: str) -> None:
         session, before = self._session, self._session.answer
-        if line and session.text.num_tokens > 1 and not (before and before.text.endswith("\n")):
+        is_text = session.chat_template is None
+        if (
+            is_text
+            and line
+            and session.text.num_tokens > 1
+            and not (before and before.text.endswith("\n"))
+        ):
             line = "\n" + line
         # A new course of chance each turn, or empty lines in a row would repeat themselves.
         options = {**self._options, "seed": self._options["seed"] + self._turn}
@@ -109,12 +125,13 @@ class Conversation:
 
     def _banner(self) -> None:
         opened, model = self._opened, self._opened.config.model
-        validation = opened.validation_bits_per_byte
+        validation, is_base = opened.validation_bits_per_byte, opened.chat_template is None
         _say(
-            f"step {opened.checkpoint.step:,}: {count(opened.num_parameters)} parameters, "
+            f"{opened.label}: {count(opened.num_parameters)} parameters, "
             f"{model.num_layers} layers ({model.schedule}), tokenizer {opened.tokenizer.name}"
             + ("" if validation is None else f", {validation:.3f} bits/byte on held-out text")
-            + "\nA base model: it continues what you type. /help lists the commands."
+            + ("\nA base model: it continues what you type." if is_base else "\nIt answers turns.")
+            + " /help lists the commands."
         )
 
     def _reset(self, _: str) -> None:
@@ -135,6 +152,8 @@ class Conversation:
             f"{session.text.num_tokens:,} tokens of text in {size(session.text.nbytes)} of state; "
             f"the last answer came at {session.tokens_per_second:.0f} tokens/s"
         )
+        if report := cache_report(self._opened):
+            _say(report)
 
     def _chance(self) -> dict[str, Any]:
         return {name: self._options[name] for name in DEFAULTS}

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import click
 
 from deltamoe.cli.format import COUNT, table
-from deltamoe.cli.sampling import model_options
+from deltamoe.cli.sampling import cache_report, model_options
+from deltamoe.plan import Bits
 
 __all__ = ["command"]
 
@@ -25,6 +26,9 @@ _RECALL = {
 @model_options
 @click.option(
     "--data", "name", help="A text file, a folder or a built-in source; else what the run held out."
+)
+@click.option(
+    "--against", type=click.Path(path_type=Path), help="Also score this model on the same tokens."
 )
 @click.option("--context", type=COUNT, help="Tokens of a window; else the run's.")
 @click.option("--max-tokens", type=COUNT, help="Score only the first so many.")
@@ -41,6 +45,9 @@ def command(
     path: Path,
     device: str,
     dtype: Literal["fp32", "bf16"] | None,
+    quantize: Bits | None,
+    memory: int | None,
+    against: Path | None,
     name: str | None,
     context: int | None,
     max_tokens: int | None,
@@ -50,16 +57,16 @@ def command(
     blimp_pairs: int | None,
     as_json: bool,
 ) -> None:
-    """Measure the model in RUN, a run folder or a step folder.
+    """Measure the model in RUN: a run folder, a step folder or a published one.
 
     Of a text the run was trained on, only the held-out part is scored; of any other, all of it.
     """
     from deltamoe.evaluation.blimp import blimp_accuracy, read_blimp
-    from deltamoe.evaluation.report import measure
+    from deltamoe.evaluation.report import compare, measure
     from deltamoe.inference.opened import open_model
 
     sets = None if blimp is None else read_blimp(blimp)
-    opened = open_model(path, device=device, dtype=dtype)
+    opened = open_model(path, device=device, dtype=dtype, quantize=quantize, memory=memory)
     report: dict[str, Any] = {"path": str(opened.checkpoint.path), "step": opened.checkpoint.step}
     with _progress("tokens scored") as progress:
         report |= measure(
@@ -71,6 +78,15 @@ def command(
             baselines=baselines,
             progress=progress,
         )
+    if against is not None:
+        with _progress("tokens scored again") as progress:
+            report["against"] = compare(
+                report,
+                open_model(against, device=device, dtype=dtype),
+                name,
+                max_tokens=max_tokens,
+                progress=progress,
+            )
     if sets is not None:
         accuracies = {}
         with _progress("BLiMP sets scored") as progress:
@@ -82,6 +98,8 @@ def command(
         average = sum(accuracies.values()) / len(accuracies)
         report["blimp"] = {"average": average, "sets": accuracies}
     click.echo(json.dumps(report) if as_json else "\n\n".join(_sections(report)))
+    if done := cache_report(opened):
+        click.echo(done, err=True)
 
 
 @contextmanager
@@ -110,8 +128,13 @@ def _sections(report: dict[str, Any]) -> Iterator[str]:
     ]
     if "streamed_bits_per_byte" in report:
         rows.append(("  state carried on", f"{report['streamed_bits_per_byte']:.4f}"))
+    if "against" in report:
+        rows.append((report["against"]["path"], f"{report['against']['bits_per_byte']:.4f}"))
     rows += [(name, f"{value:.4f}") for name, value in report.get("baselines", {}).items()]
     yield table(rows, right=(1,))
+    if "against" in report:
+        change = report["against"]["perplexity_change"]
+        yield f"perplexity {change:+.3%} against {report['against']['path']}"
 
     rows = [("tokens visible", "tokens", "nats/token")]
     for row in report["loss_by_position"]:

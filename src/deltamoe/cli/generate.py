@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import click
 
-from deltamoe.cli.sampling import model_options, sampling_options
+from deltamoe.cli.sampling import cache_report, model_options, sampling_options
 from deltamoe.config import parse_json
 from deltamoe.errors import DataError
+from deltamoe.plan import Bits
 
 __all__ = ["command"]
 
@@ -39,12 +40,14 @@ def command(
     prompts_from: Any,
     device: str,
     dtype: Literal["fp32", "bf16"] | None,
+    quantize: Bits | None,
+    memory: int | None,
     as_json: bool,
     save_state: Path | None,
     load_state: Path | None,
     **options: Any,
 ) -> None:
-    """Continue a text with the model in RUN, a run folder or a step folder.
+    """Continue a text with the model in RUN: a run folder, a step folder or a published one.
 
     The JSON object holds prompt, text, ids and finish_reason: "stop" (a --stop text came),
     "length" (--max-tokens) or "end" (the model ended the document).
@@ -57,14 +60,17 @@ def command(
     from deltamoe.inference.opened import open_model
     from deltamoe.inference.text_state import load_text_state, save_text_state
 
-    model, tokenizer, _, checkpoint = open_model(path, device=device, dtype=dtype)
-    weights = checkpoint.weights_sha256
+    opened = open_model(path, device=device, dtype=dtype, quantize=quantize, memory=memory)
+    model, tokenizer = opened.model, opened.tokenizer
+    weights = opened.checkpoint.weights_sha256
     if load_state is not None:
         options["state"] = load_text_state(load_state, model, weights_sha256=weights)
     if prompts is not None:
         for start in range(0, len(prompts), _ROWS):
             for generation in generate(model, tokenizer, prompts[start : start + _ROWS], **options):
                 click.echo(json.dumps(generation.to_dict()))
+        if report := cache_report(opened):
+            click.echo(report, err=True)
         return
 
     decoding = Decoding(model, tokenizer, [prompt], **options)
@@ -79,6 +85,8 @@ def command(
     click.echo(
         f"{written} tokens, {written / seconds:.0f} tokens/s, {generation.finish_reason}", err=True
     )
+    if report := cache_report(opened):
+        click.echo(report, err=True)
     if save_state is not None:
         save_text_state(save_state, generation.state, model, weights_sha256=weights)
 

@@ -6,13 +6,16 @@ Shared by the verbs that write text; the names and defaults of the sampling opti
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from deltamoe.cli.format import COUNT
+from deltamoe.cli.format import COUNT, size
 
-__all__ = ["DEFAULTS", "model_options", "sampling_options"]
+if TYPE_CHECKING:
+    from deltamoe.inference.opened import OpenedModel
+
+__all__ = ["BITS", "DEFAULTS", "cache_report", "model_options", "sampling_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -35,8 +38,32 @@ _SAMPLING = {
 }
 
 
+class _Bits(click.Choice[str]):
+    """8 or 4, as a number."""
+
+    def __init__(self) -> None:
+        super().__init__(["8", "4"])
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        return int(super().convert(str(value), param, ctx))
+
+
+BITS = _Bits()
+
+
 def model_options(command: Command) -> Command:
-    """Add RUN, --device and --dtype."""
+    """Add RUN, --device, --dtype, --quantize and --memory."""
+    command = click.option(
+        "--memory",
+        type=COUNT,
+        help="Bytes to stay within (12Gi): the experts of a quantised model stay on the disk, and "
+        "those used most are kept.",
+    )(command)
+    command = click.option("--quantize", type=BITS, help="Round the matrices to so many bits.")(
+        command
+    )
     command = click.option(
         "--dtype", type=click.Choice(["fp32", "bf16"]), help="Precision; the file's by default."
     )(command)
@@ -44,6 +71,19 @@ def model_options(command: Command) -> Command:
         "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
     )(command)
     return click.argument("path", metavar="RUN", type=click.Path(path_type=Path))(command)
+
+
+def cache_report(opened: "OpenedModel") -> str:
+    """What an expert cache did, as a sentence; "" where there is none."""
+    cache = opened.expert_cache
+    if cache is None:
+        return ""
+    asked = cache.num_hits + cache.num_misses
+    return (
+        f"experts: {cache.num_slots:,} of {cache.num_experts:,} in {size(cache.nbytes)} of memory; "
+        f"{cache.num_hits:,} of {asked:,} found there ({cache.num_hits / max(asked, 1):.0%}), "
+        f"{size(cache.bytes_read)} read from the disk"
+    )
 
 
 def sampling_options(command: Command) -> Command:

@@ -18,7 +18,7 @@ from deltamoe.config.parse import (
     whole_number,
 )
 from deltamoe.config.presets import PRESETS, Preset, preset, rung
-from deltamoe.config.resolve import resolve
+from deltamoe.config.resolve import overridden, resolve
 from deltamoe.config.run import BalanceConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from deltamoe.config.strict_json import check_format, open_regular, parse_json, read_json
 
@@ -42,6 +42,7 @@ __all__ = [
     "from_dict",
     "from_json",
     "open_regular",
+    "overridden",
     "parse_json",
     "preset",
     "read_config",

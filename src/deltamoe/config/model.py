@@ -190,7 +190,9 @@ class MoeConfig:
         routed_scale: factor on the weights after renormalising.
         num_groups, groups_per_token: experts stand in ``num_groups`` equal groups and a token
             may choose only within its best ``groups_per_token``; 1 and 1 switch this off.
-        has_balance_bias: a bias per expert that decides selection and never weighs.
+        has_balance_bias: a bias per expert that decides selection and, as a rule, never weighs.
+        has_biased_weights: the chosen scores weigh with that bias added, as in the published
+            modeling code, which adds it in place; its readers (and its paper) leave it out.
         capacity_factor: an expert takes at most ``ceil(factor * N * A / E)`` tokens of one
             sequence batch and drops the rest; None (dropless) drops nothing.
         has_noisy_topk: learned Gaussian noise on the logits while training (Shazeer 2017).
@@ -209,6 +211,7 @@ class MoeConfig:
     num_groups: int = 1
     groups_per_token: int = 1
     has_balance_bias: bool = True
+    has_biased_weights: bool = False
     capacity_factor: float | None = None
     has_noisy_topk: bool = False
     router_jitter: float = 0.0
@@ -233,6 +236,13 @@ class MoeConfig:
             "model.moe.groups_per_token",
             self.groups_per_token,
             f"1 to model.moe.num_groups = {self.num_groups}",
+        )
+        _require(
+            not self.has_biased_weights
+            or (self.has_balance_bias and self.scoring != "topk_softmax"),
+            "model.moe.has_biased_weights",
+            self.has_biased_weights,
+            "false without model.moe.has_balance_bias, and for scoring topk_softmax",
         )
         reachable = self.groups_per_token * (self.num_experts // self.num_groups)
         _require(

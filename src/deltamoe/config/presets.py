@@ -72,11 +72,11 @@ _NANO = RunConfig(
     # a run this short has few steps to spread the load in: five times the usual rate
     balance=BalanceConfig(bias_rate=5e-3),
     train=TrainConfig(
-        steps=300,
-        checkpoint_every=50,
+        steps=600,
+        checkpoint_every=100,
         validate_every=100,
         validation_tokens=32_768,
-        sample_every=100,
+        sample_every=150,
     ),
 )
 

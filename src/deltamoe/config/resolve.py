@@ -7,7 +7,7 @@ config.json of a run or step folder; dotted overrides are laid over it. Later wi
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,25 @@ from deltamoe.config.run import RunConfig
 from deltamoe.config.strict_json import open_regular
 from deltamoe.errors import ConfigError
 
-__all__ = ["resolve"]
+__all__ = ["overridden", "resolve"]
 
 # Written by hand; also a bound on what the TOML reader may be made to work.
 _MOST_TOML_BYTES = 64 << 10
 
 
-def resolve(name: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, str]]:
+Reader = Callable[[Path], RunConfig]
+
+
+def resolve(
+    name: str, overrides: Sequence[str] = (), *, read: Reader = read_config
+) -> tuple[RunConfig, dict[str, str]]:
     """Build the configuration that a command line names.
 
     Args:
         name: a preset ("nano"), a .toml or .json file, or a folder that holds a config.json (a
             run, or one step of it). A preset wins over a folder of the same name: say "./nano".
         overrides: texts such as "train.steps=2k"; a later one wins over an earlier one.
+        read: reads a .json file; another reader may know more kinds of them.
 
     Returns:
         the configuration, and for each of its dotted keys where the value came from: "default",
@@ -48,7 +54,7 @@ def resolve(name: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[s
     Raises:
         ConfigError: no such thing, or a key or value in it that cannot work.
     """
-    config, origins = _named(name)
+    config, origins = _named(name, read)
     data = to_dict(config)
     for override in overrides:
         origins[_apply(data, override)] = "command line"
@@ -56,7 +62,19 @@ def resolve(name: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[s
     return config, {key: origins.get(key, "default") for key in leaves(to_dict(config))}
 
 
-def _named(name: str) -> tuple[RunConfig, dict[str, str]]:
+def overridden(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Lay overrides such as "model.mla.latent_norm_eps=1e-6" over a configuration.
+
+    Raises:
+        ConfigError: a key or value that cannot work.
+    """
+    data = to_dict(config)
+    for override in overrides:
+        _apply(data, override)
+    return from_dict(data, RunConfig)
+
+
+def _named(name: str, read: Reader) -> tuple[RunConfig, dict[str, str]]:
     if name in PRESETS:
         return _from_preset(name)
     path = Path(name)
@@ -68,7 +86,7 @@ def _named(name: str) -> tuple[RunConfig, dict[str, str]]:
             )
         path = path / "config.json"
     if path.suffix == ".json":
-        config = read_config(path)
+        config = read(path)
         return config, dict.fromkeys(leaves(to_dict(config)), str(path))
     if path.suffix == ".toml":
         return _from_toml(path)

@@ -153,7 +153,8 @@ class TrainConfig:
         stop_at: stop early with a checkpoint after this step; None runs to ``steps``.
         seed: initial weights, data order and router noise.
         accumulate: micro-batches in one step.
-        precision: "fp32" or "bf16" (autocast; decay, routing, norms and loss stay fp32).
+        precision: "fp32", "bf16" (autocast; decay, routing, norms and loss stay fp32), or "auto":
+            bf16 where the machine multiplies it natively. A run keeps what it began with.
         device: "auto", "cpu", "cuda" or "cuda:N".
         compile: run norms and dense channels through torch.compile; the operators have kernels
             of their own.
@@ -174,7 +175,7 @@ class TrainConfig:
     stop_at: int | None = None
     seed: int = 0
     accumulate: int = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     compile: bool = False
     checkpoint_activations: bool = False

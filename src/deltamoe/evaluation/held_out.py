@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamoe.checkpoint.folder import TOKENIZER
 from deltamoe.config import read_json
 from deltamoe.data import PreparedData, TokenStream, prepare
 from deltamoe.errors import DataError
@@ -69,8 +68,7 @@ def training_ids(opened: OpenedModel, *, max_tokens: int) -> NDArray[np.int64]:
 
 
 def _prepared(opened: OpenedModel, name: str | None = None) -> PreparedData:
-    tokenizer = str(opened.checkpoint.file(TOKENIZER))
-    config = replace(opened.config.data, tokenizer=tokenizer)
+    config = replace(opened.config.data, tokenizer=str(opened.tokenizer_path))
     if name is not None:
         config = replace(config, path=name, mixture={})
     data = prepare(config)

@@ -1,5 +1,7 @@
 """All measurements of one model on one text, as the plain data that ``deltamoe eval`` prints."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +16,7 @@ from deltamoe.evaluation.recall import recall
 from deltamoe.evaluation.token_losses import Progress, streamed_losses, window_losses
 from deltamoe.inference.opened import OpenedModel
 
-__all__ = ["measure"]
+__all__ = ["compare", "measure"]
 
 _TRAINING_TOKENS = 1 << 22  # how much training text says which bigrams are rare
 _TOKENS_AT_ONCE = 1 << 13
@@ -75,6 +77,45 @@ def measure(
     report["loss_by_position"] = [row._asdict() for row in loss_by_position(scored)]
     report["recall"] = None if known is None else asdict(recall(scored, known))
     return report
+
+
+def compare(
+    report: Mapping[str, Any],
+    other: OpenedModel,
+    name: str | None = None,
+    *,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Score another model on the tokens of a report.
+
+    Args:
+        report: what ``measure`` returned.
+        other: a model with the same tokenizer.
+        name, max_tokens, progress: as they were for ``measure``.
+
+    Returns:
+        ``path``, ``bits_per_byte`` and ``loss`` of the other model, and ``perplexity_change``: how
+        much more perplexed the report's model is, as a share; 0.01 is one per cent.
+
+    Raises:
+        ConfigError: the two do not score the same tokens.
+    """
+    found = measure(
+        other, name, context=report["context"], max_tokens=max_tokens, progress=progress
+    )
+    if (found["data"], found["num_tokens"]) != (report["data"], report["num_tokens"]):
+        raise ConfigError(
+            f"{other.checkpoint.path} scores {found['num_tokens']:,} tokens of {found['data']}, "
+            f"not {report['num_tokens']:,} of {report['data']}: compare models of one tokenizer "
+            "and one held-out text, or give --data"
+        )
+    return {
+        "path": str(other.checkpoint.path),
+        "bits_per_byte": found["bits_per_byte"],
+        "loss": found["loss"],
+        "perplexity_change": math.expm1(report["loss"] - found["loss"]),
+    }
 
 
 def _training_ids(opened: OpenedModel, max_tokens: int) -> NDArray[np.int64] | None:

@@ -69,25 +69,25 @@ class Answer:
     """What one row has written so far.
 
     Attributes:
-        ids: every id drawn, the border that ended it left out; it includes the ids whose text a
+        ids: every id drawn, the stop id that ended it left out; it includes the ids whose text a
             stop string cut off.
         text: the text let through so far.
         finish_reason: None while the row goes on; "stop" (a stop string came), "length"
-            (``max_tokens`` are reached) or "end" (the model drew the document border).
+            (``max_tokens`` are reached) or "end" (the model drew one of ``stop_ids``).
     """
 
     def __init__(self, tokenizer: Tokenizer, *, max_tokens: int, stop: Sequence[str]) -> None:
         self.ids: list[int] = []
         self.text = ""
         self.finish_reason: FinishReason | None = "length" if max_tokens == 0 else None
-        self._end_id = tokenizer.end_id
+        self._stop_ids = tokenizer.stop_ids
         self._max_tokens = max_tokens
         self._decoder = StreamDecoder(tokenizer)
         self._stop_filter = StopFilter(stop)
 
     def push(self, token_id: int) -> str:
         """Take one drawn id; return the text that has become certain."""
-        if token_id == self._end_id:
+        if token_id in self._stop_ids:
             piece = self._finish("end")
         else:
             self.ids.append(token_id)

@@ -16,8 +16,8 @@ from deltamoe.errors import ConfigError
 from deltamoe.inference.answer import Answer, FinishReason
 from deltamoe.inference.sampler import Sampler, SamplingOptions
 from deltamoe.inference.text_state import PREFILL_CHUNK, TextState, evaluating, read
-from deltamoe.model import HybridLM, ModelState
-from deltamoe.tokenizer import Tokenizer
+from deltamoe.model import HybridLM, ModelState, token_reader
+from deltamoe.tokenizer import Tokenizer, check_fit
 
 __all__ = ["Decoding", "Generation", "GenerationOptions", "generate", "stream"]
 
@@ -29,8 +29,9 @@ class Generation:
     Attributes:
         prompt: the text that was continued.
         text: the continuation, up to the stop string if one came.
-        ids: the ids drawn, in order, without the document border that ended them.
-        finish_reason: "stop" (a stop string), "length" (``max_tokens``) or "end" (of the document).
+        ids: the ids drawn, in order, without the stop id that ended them.
+        finish_reason: "stop" (a stop string), "length" (``max_tokens``) or "end" (of the document,
+            or of the turn).
         state: prompt and continuation as a ``TextState``; hand it to ``generate`` to write on.
     """
 
@@ -93,15 +94,12 @@ class Decoding:
             raise ConfigError(f"max_tokens = {max_tokens}: expected a whole number >= 0")
         if prefill_chunk < 1:
             raise ConfigError(f"prefill_chunk = {prefill_chunk}: expected a whole number >= 1")
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model's "
-                f"vocabulary {model.config.vocab_size}: they do not belong together"
-            )
+        check_fit(tokenizer, model.config.vocab_size)
         encoded = tokenizer.encode_batch(list(prompts))
         self.prompts = list(prompts)
         self.answers = [Answer(tokenizer, max_tokens=max_tokens, stop=stop) for _ in prompts]
         self._model = model
+        self._read = token_reader(model)
         self._vocab_size = tokenizer.vocab_size
         self._sampler = Sampler(**sampling)
         self._generators = [self._sampler.generator(prompt) for prompt in prompts]
@@ -120,6 +118,7 @@ class Decoding:
         self._seen = torch.zeros(len(prompts), self._vocab_size, dtype=torch.bool, device=device)
         for row, ids in enumerate(encoded):
             self._seen[row, ids] = True
+        self._unused = torch.tensor(tokenizer.unused_ids, dtype=torch.int64, device=device)
         self._drop_finished(self._state, self._last)
 
     @property
@@ -137,9 +136,11 @@ class Decoding:
             NonFiniteError: the model's logits are not finite.
         """
         with evaluating(self._model):
-            logits, state = self._model(self._last[:, None], self._state)
-            # Rows of the embedding that pad the vocabulary mean nothing and cannot be chosen.
-            logits = logits[:, -1, : self._vocab_size]
+            logits, state = self._read(self._last, self._state)
+            # Rows of the embedding that pad the vocabulary mean nothing and cannot be chosen, nor
+            # can the tokenizer's ids without a meaning. (A logit of -inf would count as damage.)
+            logits = logits[:, : self._vocab_size]
+            logits = logits.index_fill(1, self._unused, torch.finfo(logits.dtype).min)
             drawn = self._sampler.sample(logits, self._seen, self._generators)
             pieces = [
                 (row, self.answers[row].push(token_id))
@@ -175,7 +176,7 @@ class Decoding:
         """Go on from ``state`` and ``last`` with the rows that are not finished."""
         for row in self._rows:
             match self.answers[row].finish_reason:
-                case "end":  # the border is no part of the text: its state is the one before
+                case "end":  # a stop id is no part of the text: its state is the one before
                     self._text_states[row] = self._text_state(self._state, self._last, row)
                 case "stop" | "length":
                     self._text_states[row] = self._text_state(state, last, row)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from deltamoe.config.model import KdaConfig
 from deltamoe.layers.norm import RMSNorm
 from deltamoe.ops.kda import kda_chunk, kda_decay, kda_recurrent
-from deltamoe.ops.norm import l2_normalize
-from deltamoe.ops.short_conv import short_conv
+from deltamoe.ops.norm import gated_rms_norm, l2_normalize
+from deltamoe.ops.short_conv import normalized_short_conv, short_conv
 
 __all__ = ["Kda", "KdaState"]
 
@@ -35,7 +35,7 @@ class KdaState(NamedTuple):
 
 
 class ShortConv(nn.Module):
-    """The taps of one convolution; the three of q, k and v run as one."""
+    """The taps of one convolution; q, k and v have one each."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Kda(nn.Module):
 
     def initial_state(self, batch_size: int) -> KdaState:
         """Return the state before the first token: nothing seen, nothing remembered."""
-        c, weight = self.config, self.q_proj.weight
+        c, weight = self.config, self.output_norm.weight  # a quantised layer has this one too
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         return KdaState(
             weight.new_zeros(batch_size, max(c.conv_size - 1, 0), c.conv_channels),
@@ -98,8 +98,6 @@ class Kda(nn.Module):
             Hidden states, and the state after the last valid token of each sequence.
         """
         q, k, v, conv = self._project(x, state, lengths, cu_seqlens)
-        q = l2_normalize(q) * self.config.key_dim**-0.5
-        k = l2_normalize(k)
         log_decay = self.log_decay(x)
         beta = self.beta(x)
         if lengths is not None:
@@ -135,26 +133,24 @@ class Kda(nn.Module):
         """Queries, keys and values [B, T, heads, channels], and the convolution's new state."""
         c = self.config
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if c.conv_size:
-            taps = torch.cat([self.q_conv.weight, self.k_conv.weight, self.v_conv.weight])
-            qkv, conv = short_conv(
-                torch.cat([q, k, v], dim=-1),
-                taps,
-                None if state is None else state.conv,
-                lengths=lengths,
-                cu_seqlens=cu_seqlens,
-            )
-            q, k, v = qkv.split([q.shape[-1], k.shape[-1], v.shape[-1]], dim=-1)
-        else:
-            q, k, v = F.silu(q), F.silu(k), F.silu(v)
+        scale = c.key_dim**-0.5
+        if not c.conv_size:
+            q = l2_normalize(F.silu(q).unflatten(-1, (c.num_heads, c.key_dim))) * scale
+            k = l2_normalize(F.silu(k).unflatten(-1, (c.num_heads, c.key_dim)))
             sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
             conv = x.new_zeros(sequences, 0, c.conv_channels)
-        return (
-            q.unflatten(-1, (c.num_heads, c.key_dim)),
-            k.unflatten(-1, (c.num_heads, c.key_dim)),
-            v.unflatten(-1, (c.value_heads, c.value_dim)),
-            conv,
+            return q, k, F.silu(v).unflatten(-1, (c.value_heads, c.value_dim)), conv
+        sizes = [q.shape[-1], k.shape[-1], v.shape[-1]]
+        past = (None, None, None) if state is None else state.conv.split(sizes, dim=-1)
+        rows: dict[str, Tensor | None] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
+        taps_q, taps_k, taps_v = self.q_conv.weight, self.k_conv.weight, self.v_conv.weight
+        q, last_q = normalized_short_conv(
+            q, taps_q, past[0], head_dim=c.key_dim, scale=scale, **rows
         )
+        k, last_k = normalized_short_conv(k, taps_k, past[1], head_dim=c.key_dim, scale=1.0, **rows)
+        v, last_v = short_conv(v, taps_v, past[2], **rows)
+        conv = torch.cat([last_q, last_k, last_v], dim=-1)
+        return q, k, v.unflatten(-1, (c.value_heads, c.value_dim)), conv
 
     def _gate_output(self, out: Tensor, x: Tensor) -> Tensor:
         """Normalise each head's answer, weigh it, then open or close it channel by channel."""
@@ -162,7 +158,12 @@ class Kda(nn.Module):
             normed: Tensor = self.output_norm(out)
             return normed.to(x.dtype)
         logits = self.output_gate_up(self.output_gate_down(x)).unflatten(-1, out.shape[-2:])
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        activation = torch.sigmoid if self.config.output_gate == "sigmoid" else F.silu
-        opened: Tensor = self.output_norm(out.to(wide)) * activation(logits.to(wide))
-        return opened.to(x.dtype)
+        norm = self.output_norm
+        return gated_rms_norm(
+            out,
+            logits,
+            norm.weight,
+            norm.eps,
+            activation=self.config.output_gate,
+            dtype=x.dtype,
+        )

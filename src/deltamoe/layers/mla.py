@@ -52,7 +52,7 @@ class Mla(nn.Module):
 
     def initial_state(self, batch_size: int) -> MlaState:
         """Return the state before the first token: an empty cache."""
-        weight = self.latent_proj.weight
+        weight = self.latent_norm.weight  # a quantised layer has this one too
         return MlaState(
             weight.new_zeros(batch_size, 0, self.config.latent_dim),
             weight.new_zeros(batch_size, 0, self.config.rope_dim),
@@ -94,14 +94,15 @@ class Mla(nn.Module):
             out = attend_packed(q_nope, q_rope, latent, rope_key, w_key, w_value, cu_seqlens)
             after = MlaState(latent, rope_key)
         else:
-            after = MlaState(latent, rope_key)
+            # Without a past a query sees x's own latents, padding included: it comes last.
+            after = sources = MlaState(latent, rope_key)
             if state is not None:
                 assert past is not None, "a state comes with the number of tokens it has read"
-                after = _append(state, after, past, lengths)
+                after = sources = _append(state, after, past, lengths)
             elif lengths is not None:
                 after = _append(self.initial_state(len(x)), after, lengths * 0, lengths)
             seen = None if state is None else past
-            out = attend(q_nope, q_rope, *after, w_key, w_value, seen)
+            out = attend(q_nope, q_rope, *sources, w_key, w_value, seen)
         y: Tensor = self.o_proj(out.flatten(-2))
         return y, after
 

@@ -1,8 +1,9 @@
 """The dense channel, and the shared expert: one MLP for every token."""
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from deltamoe.ops.experts import feed_forward
 
 __all__ = ["Mlp"]
 
@@ -18,7 +19,5 @@ class Mlp(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Work on each token alone."""
-        up: Tensor = self.w_up(x)
-        hidden = F.gelu(up) if self.w_gate is None else F.silu(self.w_gate(x)) * up
-        out: Tensor = self.w_down(hidden)
-        return out
+        gate = None if self.w_gate is None else self.w_gate.weight
+        return feed_forward(x, gate, self.w_up.weight, self.w_down.weight)

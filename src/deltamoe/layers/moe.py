@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltamoe.config.model import MoeConfig
 from deltamoe.layers.mlp import Mlp
 from deltamoe.layers.router import Router, Routing
-from deltamoe.ops.experts import combine, dispatch, run_experts
+from deltamoe.ops.experts import mix_experts
 
 __all__ = ["Experts", "Moe"]
 
@@ -31,17 +31,23 @@ class Experts(nn.Module):
         self.w_down = nn.Parameter(torch.empty(E, dim, F))
 
     def forward(
-        self, tokens: Float[Tensor, "R D"], counts: Int[Tensor, "E"]
-    ) -> Float[Tensor, "R D"]:
-        """Answer rows that are sorted by expert."""
-        gate: Tensor | None = self.w_gate
-        up: Tensor = self.w_up
-        down: Tensor = self.w_down
-        if torch.is_autocast_enabled(tokens.device.type):
-            dtype = torch.get_autocast_dtype(tokens.device.type)
-            tokens, up, down = tokens.to(dtype), up.to(dtype), down.to(dtype)
-            gate = None if gate is None else gate.to(dtype)
-        return run_experts(tokens, counts, gate, up, down, backend=self.backend)
+        self, x: Float[Tensor, "N D"], routing: Routing, capacity: int | None = None
+    ) -> tuple[Float[Tensor, "N D"], Int[Tensor, "E"]]:
+        """Answer tokens by the experts they chose; also the rows that each expert kept."""
+        dtype = None
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        return mix_experts(
+            x,
+            routing.expert_ids,
+            routing.expert_weights,
+            self.w_gate,
+            self.w_up,
+            self.w_down,
+            capacity=capacity,
+            dtype=dtype,
+            backend=self.backend,
+        )
 
 
 class Moe(nn.Module):
@@ -65,14 +71,11 @@ class Moe(nn.Module):
         """
         tokens = x.flatten(0, 1)
         routing: Routing = self.router(tokens)
-        routed = dispatch(
-            tokens, routing.expert_ids, self.config.num_experts, self._capacity(len(tokens))
-        )
-        answers = self.experts(routed.tokens, routed.counts)
-        y = combine(answers, routed, routing.expert_weights).to(x.dtype).view_as(x)
+        answers, kept = self.experts(tokens, routing, self._capacity(len(tokens)))
+        y = answers.view_as(x)
         if self.shared_expert is not None:
             y = y + self.shared_expert(x)
-        dropped = routing.counts.sum() - routed.counts.sum()
+        dropped = routing.counts.sum() - kept.sum()
         return y, routing._replace(num_dropped=dropped)
 
     def _capacity(self, num_tokens: int) -> int | None:

@@ -10,7 +10,11 @@ __all__ = ["RMSNorm"]
 
 
 class RMSNorm(nn.Module):
-    """Scale each vector to root-mean-square 1, computed in fp32, times a learned weight."""
+    """Scale each vector to root-mean-square 1, computed in fp32, times a learned weight.
+
+    Under autocast the result has autocast's dtype: what follows a norm are matrices, which would
+    each round it again.
+    """
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -19,4 +23,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Normalise the last axis."""
-        return rms_norm(x, self.weight, self.eps)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return rms_norm(x, self.weight, self.eps, dtype=dtype)

@@ -1,7 +1,7 @@
 """The router: which experts a token visits, and how much each answer counts.
 
 All of it is fp32 (fp64 in an fp64 model), so that a tie between experts does not depend on the
-precision of the rest. The balance bias chooses and never weighs.
+precision of the rest. The balance bias chooses and, unless ``has_biased_weights``, never weighs.
 Source: docs/moe.md; Shazeer 2017 (arXiv 1701.06538), Switch (arXiv 2101.03961), DeepSeek-V3
 (arXiv 2412.19437), Kimi Linear (arXiv 2510.26692).
 """
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deltamoe.config.model import MoeConfig
+from deltamoe.ops.experts import choose_experts
 
 __all__ = ["Router", "Routing"]
 
@@ -89,15 +90,15 @@ class Router(nn.Module):
             closed = torch.ones_like(best_two, dtype=torch.bool)
             closed.scatter_(-1, best[:, : c.groups_per_token], False)
             preference = groups.masked_fill(closed[..., None], -torch.inf).flatten(-2)
-        # a stable sort, not topk: equal scores must always choose the same expert
-        ranked = preference.sort(dim=-1, descending=True, stable=True).indices
-        return ranked[:, : c.experts_per_token].contiguous()
+        return choose_experts(preference, c.experts_per_token)
 
     def _weigh(self, logits: Tensor, scores: Tensor, expert_ids: Tensor) -> Tensor:
         c = self.config
         if c.scoring == "topk_softmax":
             weights = logits.gather(-1, expert_ids).softmax(dim=-1)
         else:
+            if c.has_biased_weights:
+                scores = scores + self.balance_bias.to(scores.dtype)
             weights = scores.gather(-1, expert_ids)
             # with one expert a token, renormalising would cut the router off from the gradient
             if c.renormalize and c.experts_per_token > 1:

@@ -136,10 +136,14 @@ class HybridLM(nn.Module):
             new_state = ModelState(tuple(after), read if past is None else past + read)
         return Hidden(self.norm(x), new_state, tuple(routings))
 
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab D"]:
+        """The head's matrix: one row a token of the vocabulary."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
     def logits(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch vocab"]:
         """Score every token of the vocabulary, in fp32 (fp64 for an fp64 model)."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        scores = F.linear(hidden, weight)
+        scores = F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def _mixers(self) -> list[Kda | Mla]:

@@ -1,0 +1,310 @@
+"""Decoding on a CPU: the whole stack for one token of every row in a single call into C++.
+
+A ``Decoder`` stands beside a ``HybridLM`` and means the same as calling it with one token a row.
+States stay values: one that was returned is never changed where its rows have been, so it can be
+kept, forked and continued again. KDA's memory is written to whichever of its buffers no state
+holds any more; MLA's latents are appended behind the newest state that shares their buffer, and
+copied first if the state at hand is not the newest.
+
+Source of the arithmetic: ``layers`` and ``ops``, which define what the C++ must answer.
+"""
+
+import ctypes
+import logging
+import weakref
+from collections.abc import Callable
+from functools import cache
+from math import prod
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deltamoe.layers import KdaState, MlaState
+from deltamoe.model.description import Description, LayerState, UnsupportedError, describe
+from deltamoe.model.model import HybridLM
+from deltamoe.model.state import ModelState
+from deltamoe.ops import native
+
+__all__ = ["Decoder", "token_reader"]
+
+_log = logging.getLogger("deltamoe")
+
+_BYTES_PER_THREAD = 1 << 19
+"""Weights below which a thread more costs as much in waiting as it brings."""
+_LINE = 64
+_LEAST_CAPACITY = 64
+"""Tokens that the first buffer of a row has room for."""
+
+_Bytes = NDArray[np.uint8]
+_Read = Callable[[Tensor, ModelState], tuple[Tensor, ModelState]]
+
+
+def token_reader(model: HybridLM) -> _Read:
+    """The quickest way to read one more token of every row.
+
+    Returns:
+        ``read(ids, state) -> (logits, state)`` with ids [B] int64 and logits [B, vocab]: a
+        ``Decoder``'s where one can be made, and the model's own where not (said at INFO).
+    """
+    try:
+        return Decoder(model).step
+    except UnsupportedError as reason:
+        _log.info("decoding: the model's own forward pass is used: %s", reason)
+
+    def step(ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        logits, after = model(ids[:, None], state)
+        return logits[:, -1], after
+
+    return step
+
+
+class Decoder:
+    """Reads tokens one at a time with a model's weights where they lie.
+
+    Norms, taps and biases are copied: a model that was changed needs a new decoder.
+
+    Args:
+        model: on the CPU, in fp32 or bf16, its matrices perhaps quantised.
+
+    Raises:
+        UnsupportedError: it is not, or there is no compiler; the message says which.
+    """
+
+    def __init__(self, model: HybridLM) -> None:
+        config, weight = model.config, model.embedding.weight
+        if weight.device.type != "cpu":
+            raise UnsupportedError(f"the weights are on {weight.device.type!r}")
+        if weight.dtype not in (torch.float32, torch.bfloat16):
+            raise UnsupportedError(f"the weights are {weight.dtype}")
+        if reason := native.why_not("decode"):
+            raise UnsupportedError(reason)
+        self._description = describe(model)
+        self._vocab_size = config.vocab_size
+        self._initial_state = model.initial_state
+        self._handle: int = _library().decoder_new(ctypes.byref(self._description.model))
+        weakref.finalize(self, _library().decoder_free, self._handle)
+        self._lock = Lock()
+        mixers = [config.mixer(i) for i in range(config.num_layers)]
+        self._kda = [i for i, mixer in enumerate(mixers) if mixer == "kda"]
+        self._mla = [i for i, mixer in enumerate(mixers) if mixer == "mla"]
+        self._memories, self._latents = _Memories(), _Latents()
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that one token of one row reads."""
+        return self._description.bytes_per_token
+
+    def step(
+        self, ids: Int[Tensor, "B"], state: ModelState | None = None
+    ) -> tuple[Float[Tensor, "B vocab"], ModelState]:
+        """Read one token of every row and score what may follow; see ``HybridLM.forward``.
+
+        Args:
+            ids: int64 token ids in [0, vocab).
+            state: what an earlier call returned; None starts afresh.
+
+        Returns:
+            Logits in fp32, and the state after the token.
+
+        Raises:
+            ValueError: an id outside the vocabulary, or a state of another batch size.
+        """
+        state = self._initial_state(len(ids)) if state is None else state
+        ids, lengths = ids.contiguous(), state.lengths.contiguous()
+        chosen, past = ids.tolist(), lengths.tolist()
+        if len(past) != len(chosen):
+            raise ValueError(
+                f"the state has {len(past)} rows and there are {len(chosen)} ids; "
+                "ModelState.select picks or repeats rows"
+            )
+        logits = torch.empty(len(chosen), self._vocab_size)
+        if not chosen:
+            return logits, state
+        if not 0 <= min(chosen) <= max(chosen) < self._vocab_size:
+            raise ValueError(
+                f"token ids from {min(chosen)} to {max(chosen)}: this model's vocabulary has "
+                f"{self._vocab_size} entries, counted from 0"
+            )
+        layers: list[Any] = [_in_one_piece(layer) for layer in state.layers]
+        before = tuple(layers)  # holds what C++ reads
+        described = (LayerState * len(layers))()
+        most_threads = self.bytes_per_token // _BYTES_PER_THREAD
+        with self._lock:
+            if self._kda:
+                self._memories.advance(self._kda, layers, described)
+            if self._mla:
+                self._latents.advance(self._mla, layers, described, past)
+            _library().decoder_step(
+                self._handle,
+                ids.data_ptr(),
+                len(chosen),
+                lengths.data_ptr(),
+                described,
+                logits.data_ptr(),
+                max(1, min(torch.get_num_threads(), most_threads)),
+            )
+        del before
+        return logits, ModelState(tuple(layers), lengths + 1)
+
+
+def _in_one_piece(layer: KdaState | MlaState) -> KdaState | MlaState:
+    if isinstance(layer, MlaState) or (layer.conv.is_contiguous() and layer.memory.is_contiguous()):
+        return layer
+    return KdaState(layer.conv.contiguous(), layer.memory.contiguous())
+
+
+class _Memories:
+    """Buffers for the states of all KDA layers, used again when no tensor looks at them."""
+
+    def __init__(self) -> None:
+        self._buffers: list[_Bytes] = []
+        self._users: list[weakref.ref[_Bytes]] = []
+
+    def advance(self, places: list[int], layers: list[Any], described: Any) -> None:
+        """Describe the states at ``places``, and put the tensors for those after in their place."""
+        first = layers[places[0]]
+        sizes = [len(places) * part.nbytes for part in (first.memory, first.conv)]
+        flat = self._take(_in_lines(sizes[0]) + sizes[1])
+        memories, convs = (
+            flat[start : start + size].view(part.dtype).view(len(places), *part.shape).unbind()
+            for start, size, part in zip(
+                (0, _in_lines(sizes[0])), sizes, (first.memory, first.conv), strict=True
+            )
+        )
+        for place, conv, memory in zip(places, convs, memories, strict=True):
+            before, here = layers[place], described[place]
+            here.conv, here.conv_after = before.conv.data_ptr(), conv.data_ptr()
+            here.memory, here.memory_after = before.memory.data_ptr(), memory.data_ptr()
+            layers[place] = KdaState(conv, memory)
+
+    def _take(self, size: int) -> Tensor:
+        free = [at for at, user in enumerate(self._users) if user() is None]
+        fitting = [at for at in free if len(self._buffers[at]) == size]
+        buffer = self._buffers[fitting[0]] if fitting else _aligned(np.empty, size)
+        # Two are needed in turn; what else is free belongs to batches of another size.
+        held = [at for at in range(len(self._buffers)) if at not in free]
+        spare = fitting[1:2]
+        self._buffers = [self._buffers[at] for at in (*held, *spare)]
+        self._users = [self._users[at] for at in (*held, *spare)]
+        user = buffer[:]  # lives as long as a tensor looks at it
+        self._buffers.append(buffer)
+        self._users.append(weakref.ref(user))
+        return torch.from_numpy(user)
+
+
+class _Latents:
+    """Buffers for the latents of all MLA layers, each with room for tokens to come."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, _LatentBuffer] = {}  # by where their first latents lie
+
+    def advance(
+        self, places: list[int], layers: list[Any], described: Any, past: list[int]
+    ) -> None:
+        """Describe the caches at ``places``, and put the tensors with one token more there."""
+        before = [layers[place] for place in places]
+        buffer = self._buffers.get(before[0].latent.data_ptr())
+        memory = None if buffer is None else buffer.memory()
+        if buffer is None or memory is None or not buffer.continues(before, past):
+            buffer, memory = self._copied(before, past)
+        buffer.lengths = [length + 1 for length in past]
+        for place, after in zip(places, buffer.states(memory, 1 + max(past)), strict=True):
+            here = described[place]
+            here.latent, here.rope_key = after.latent.data_ptr(), after.rope_key.data_ptr()
+            here.capacity = buffer.capacity
+            layers[place] = after
+
+    def _copied(self, before: list[MlaState], past: list[int]) -> tuple["_LatentBuffer", _Bytes]:
+        size = max(past)
+        buffer = _LatentBuffer(before, capacity=max(_LEAST_CAPACITY, 2 * size))
+        # Fresh memory is zero, and not there before it is written to.
+        memory = _aligned(np.zeros, buffer.nbytes)
+        where = memory.ctypes.data
+        buffer.memory = weakref.ref(memory, lambda _: self._buffers.pop(where, None))
+        for new, old in zip(buffer.states(memory, size), before, strict=True):
+            for part, old_part in zip(new, old, strict=True):
+                part.copy_(old_part[:, :size])
+        self._buffers[where] = buffer
+        return buffer, memory
+
+
+class _LatentBuffer:
+    """What is known of one buffer; the buffer itself is held by the tensors that look at it.
+
+    Attributes:
+        capacity: tokens of a row.
+        lengths: tokens of each row that the newest state has.
+        memory: the bytes, as long as a tensor looks at them.
+    """
+
+    memory: weakref.ref[_Bytes]
+
+    def __init__(self, before: list[MlaState], capacity: int) -> None:
+        self.capacity = capacity
+        self.lengths: list[int] = []
+        self._dtype = before[0].latent.dtype
+        self._shapes = [
+            (len(before), len(part), capacity, part.shape[2])
+            for part in (before[0].latent, before[0].rope_key)
+        ]
+        self._sizes = [prod(shape) * self._dtype.itemsize for shape in self._shapes]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all layers' latents and shared keys."""
+        return _in_lines(self._sizes[0]) + self._sizes[1]
+
+    def states(self, memory: _Bytes, size: int) -> list[MlaState]:
+        """Every layer's first ``size`` tokens."""
+        flat = torch.from_numpy(memory)
+        latents, rope_keys = (
+            flat[start : start + nbytes].view(self._dtype).view(shape)[:, :, :size].unbind()
+            for start, nbytes, shape in zip(
+                (0, _in_lines(self._sizes[0])), self._sizes, self._shapes, strict=True
+            )
+        )
+        return list(map(MlaState, latents, rope_keys))
+
+    def continues(self, states: list[MlaState], past: list[int]) -> bool:
+        """Whether these are its newest states and there is room for one token more."""
+        if past != self.lengths or max(past) >= self.capacity:
+            return False
+        first, step = states[0].latent.data_ptr(), self._sizes[0] // len(states)
+        return all(
+            state.latent.data_ptr() == first + at * step
+            and state.latent.stride()[1:] == (self._shapes[0][3], 1)
+            for at, state in enumerate(states)
+        )
+
+
+def _in_lines(size: int) -> int:
+    return -(-size // _LINE) * _LINE
+
+
+def _aligned(make: Callable[..., _Bytes], size: int) -> _Bytes:
+    """Bytes that begin with a line of the processor's cache."""
+    room = make(size + _LINE, dtype=np.uint8)
+    start = -room.ctypes.data % _LINE
+    return room[start : start + size]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = native.open_library("decode")
+    sizes = (ctypes.c_int64 * 3)()
+    library.decoder_sizes(sizes)
+    assert tuple(sizes) == Description.sizes, "decode.cpp and description.py differ"
+    pointer, whole = ctypes.c_void_p, ctypes.c_int64
+    library.decoder_new.argtypes, library.decoder_new.restype = [pointer], pointer
+    library.decoder_free.argtypes, library.decoder_free.restype = [pointer], None
+    library.decoder_step.argtypes = [
+        *(pointer, pointer, whole, pointer, pointer, pointer),
+        ctypes.c_int,
+    ]
+    library.decoder_step.restype = None
+    return library

@@ -1,0 +1,448 @@
+// Products of a matrix with a few vectors, which read the matrix once: y[b] = W x[b].
+//
+// W is fp32 or bf16, row by row as PyTorch has it, or quantised in the layout of ops/quantized.
+// Work is cut into tiles of 16 neighbouring outputs. A number of a result is summed in the same
+// order whatever the number of vectors beside it, and whichever thread has its tile.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "vector.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+constexpr int TILE = 16;         // outputs
+constexpr int GROUP = 32;        // inputs that share a scale
+constexpr int64_t PADDING = 64;  // vectors are readable, and zero, up to a multiple of this
+
+static inline int64_t padded(int64_t n) { return (n + PADDING - 1) / PADDING * PADDING; }
+
+enum Kind : int64_t { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+
+// A matrix, or the first of several of one shape that lie one after another.
+struct Matrix {
+  const void* values;
+  const void* scales;  // of a quantised one
+  int64_t rows, columns;
+  int64_t kind;
+
+  int64_t tiles() const { return (rows + TILE - 1) / TILE; }
+  int64_t groups() const { return (columns + GROUP - 1) / GROUP; }
+  bool is_quantized() const { return kind == INT8 || kind == INT4; }
+
+  Matrix at(int64_t index) const {  // one of several, such as an expert
+    Matrix one = *this;
+    const char* start = static_cast<const char*>(values);
+    switch (kind) {
+      case FP32: one.values = start + index * rows * columns * 4; break;
+      case BF16: one.values = start + index * rows * columns * 2; break;
+      default: {
+        int64_t packed = tiles() * groups() * TILE;
+        one.values = start + index * packed * (kind == INT8 ? GROUP : GROUP / 2);
+        one.scales = static_cast<const uint16_t*>(scales) + index * packed;
+      }
+    }
+    return one;
+  }
+
+  Matrix cut(int64_t first, int64_t count) const {  // some rows of one that is not quantised
+    Matrix part = *this;
+    part.values = static_cast<const char*>(values) + first * columns * (kind == FP32 ? 4 : 2);
+    part.rows = count;
+    return part;
+  }
+};
+
+// What multiplies a matrix: numbers, and for quantised matrices what they were rounded to.
+struct Vector {
+  const float* values;
+  const int8_t* codes;
+  const float* scales;   // of each group
+  const int32_t* sums;   // minus the sum of each group's codes
+};
+
+static inline vec load(const bf16* p) {
+#if defined(__AVX512F__)
+  __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#else
+  typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
+  typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+  halves half;
+  memcpy(&half, p, sizeof half);
+  return (vec)(__builtin_convertvector(half, words) << 16);
+#endif
+}
+
+template <class W>
+static inline vec load_some(const W* p, int64_t count) {  // 0 < count < LANES; zeros behind
+  W room[LANES] = {};
+  memcpy(room, p, count * sizeof(W));
+  return load(room);
+}
+
+// Ask for what will be needed in about a microsecond. The processor foresees one stream within a
+// page of memory; this crosses pages, and nearly doubles what bf16 weights get out of memory.
+constexpr int64_t AHEAD = 8192;
+static inline void prefetch(const void* p) {
+  __builtin_prefetch(static_cast<const char*>(p) + AHEAD, 0, 2);
+}
+
+// ROWS rows with COUNT vectors; out[b * TILE + r].
+template <class W, int ROWS, int COUNT>
+static inline __attribute__((always_inline)) void float_rows(const W* w, int64_t columns,
+                                                             const Vector* x, float* out) {
+  constexpr int64_t LINE = 64 / sizeof(W);  // numbers
+  const float* from[COUNT];
+#pragma GCC unroll 8
+  for (int b = 0; b < COUNT; b++) from[b] = x[b].values;
+  vec total[ROWS][COUNT] = {};
+  int64_t k = 0;
+  for (; k + LINE <= columns; k += LINE) {
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) prefetch(w + r * columns + k);
+#pragma GCC unroll 8
+    for (int64_t i = k; i < k + LINE; i += LANES) {
+      vec left[ROWS];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) left[r] = load(w + r * columns + i);
+#pragma GCC unroll 8
+      for (int b = 0; b < COUNT; b++) {
+        vec right = load(from[b] + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) total[r][b] += left[r] * right;
+      }
+    }
+  }
+  for (; k < columns; k += LANES) {
+    const int64_t rest = columns - k;
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) {
+      const W* at = w + r * columns + k;
+      vec left = rest < LANES ? load_some(at, rest) : load(at);
+#pragma GCC unroll 8
+      for (int b = 0; b < COUNT; b++) total[r][b] += left * load(from[b] + k);
+    }
+  }
+#pragma GCC unroll 8
+  for (int b = 0; b < COUNT; b++)
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) out[b * TILE + r] = sum(total[r][b]);
+}
+
+template <class W, int ROWS>
+static inline void float_rows(const W* w, int64_t columns, const Vector* x, int64_t count,
+                              float* out) {
+  for (; count > 0; x += 4, out += 4 * TILE, count -= 4) {
+    switch (count) {
+      case 1: float_rows<W, ROWS, 1>(w, columns, x, out); break;
+      case 2: float_rows<W, ROWS, 2>(w, columns, x, out); break;
+      case 3: float_rows<W, ROWS, 3>(w, columns, x, out); break;
+      default: float_rows<W, ROWS, 4>(w, columns, x, out);
+    }
+  }
+}
+
+template <class W>
+static void float_tile(const void* values, int64_t rows, int64_t columns, const Vector* x,
+                       int64_t count, float* out) {
+  const W* w = static_cast<const W*>(values);
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) float_rows<W, 4>(w + r * columns, columns, x, count, out + r);
+  for (; r < rows; r++) float_rows<W, 1>(w + r * columns, columns, x, count, out + r);
+}
+
+// --- quantised ------------------------------------------------------------------------------
+
+static inline float half_to_float(uint16_t half) {
+  uint32_t magnitude = half & 0x7fff, bits = (magnitude << 13) + (112u << 23);
+  float value;
+  if (magnitude < 0x400) {  // subnormal
+    value = float(magnitude) * 5.9604644775390625e-8f;
+  } else {
+    memcpy(&value, &bits, 4);
+  }
+  return half & 0x8000 ? -value : value;
+}
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+// Sixteen numbers, one an output of the tile.
+struct Lanes {
+  __m512 x;
+};
+struct Codes {  // four codes for each output
+  __m512i x;
+};
+static inline Lanes zero_lanes() { return {_mm512_setzero_ps()}; }
+static inline void store_lanes(float* p, Lanes a) { _mm512_storeu_ps(p, a.x); }
+static inline Lanes load_halves(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+static inline Codes load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+static inline Codes low_halves(Codes c) {
+  return {_mm512_and_si512(c.x, _mm512_set1_epi8(15))};
+}
+static inline Codes high_halves(Codes c) {
+  return {_mm512_and_si512(_mm512_srli_epi16(c.x, 4), _mm512_set1_epi8(15))};
+}
+struct Sums {
+  __m512i x;
+};
+static inline Sums start_sums(int32_t value) { return {_mm512_set1_epi32(value)}; }
+static inline void add_products(Sums& s, Codes c, int32_t four) {
+#if defined(__AVX512VNNI__)
+  s.x = _mm512_dpbusd_epi32(s.x, c.x, _mm512_set1_epi32(four));
+#else
+  const __m512i low = _mm512_set1_epi16(255), x = _mm512_set1_epi32(four);
+  __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), odd = _mm512_srai_epi16(x, 8);
+  s.x = _mm512_add_epi32(s.x, _mm512_madd_epi16(_mm512_and_si512(c.x, low), even));
+  s.x = _mm512_add_epi32(s.x, _mm512_madd_epi16(_mm512_srli_epi16(c.x, 8), odd));
+#endif
+}
+static inline void add_scaled(Lanes& total, Sums s, Lanes weight_scale, float scale) {
+  __m512 both = _mm512_mul_ps(weight_scale.x, _mm512_set1_ps(scale));
+  total.x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s.x), both, total.x);
+}
+#elif defined(__AVX2__)
+struct Lanes {
+  __m256 low, high;
+};
+struct Codes {
+  __m256i low, high;
+};
+static inline Lanes zero_lanes() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+static inline void store_lanes(float* p, Lanes a) {
+  _mm256_storeu_ps(p, a.low);
+  _mm256_storeu_ps(p + 8, a.high);
+}
+static inline Lanes load_halves(const uint16_t* p) {
+#if defined(__F16C__)
+  const __m128i* from = reinterpret_cast<const __m128i*>(p);
+  return {_mm256_cvtph_ps(_mm_loadu_si128(from)), _mm256_cvtph_ps(_mm_loadu_si128(from + 1))};
+#else
+  alignas(32) float x[16];
+  for (int i = 0; i < 16; i++) x[i] = half_to_float(p[i]);
+  return {_mm256_load_ps(x), _mm256_load_ps(x + 8)};
+#endif
+}
+static inline Codes load_codes(const uint8_t* p) {
+  const __m256i* from = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+}
+static inline Codes low_halves(Codes c) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(c.low, mask), _mm256_and_si256(c.high, mask)};
+}
+static inline Codes high_halves(Codes c) {
+  return low_halves({_mm256_srli_epi16(c.low, 4), _mm256_srli_epi16(c.high, 4)});
+}
+struct Sums {
+  __m256i low, high;
+};
+static inline Sums start_sums(int32_t value) {
+  return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)};
+}
+static inline __m256i add_products(__m256i s, __m256i c, int32_t four) {
+  const __m256i x = _mm256_set1_epi32(four);
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(s, c, x);
+#else
+  __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), odd = _mm256_srai_epi16(x, 8);
+  __m256i even_codes = _mm256_and_si256(c, _mm256_set1_epi16(255));
+  s = _mm256_add_epi32(s, _mm256_madd_epi16(even_codes, even));
+  return _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_srli_epi16(c, 8), odd));
+#endif
+}
+static inline void add_products(Sums& s, Codes c, int32_t four) {
+  s.low = add_products(s.low, c.low, four);
+  s.high = add_products(s.high, c.high, four);
+}
+static inline void add_scaled(Lanes& total, Sums s, Lanes weight_scale, float scale) {
+  const __m256 by = _mm256_set1_ps(scale);
+  __m256 low = _mm256_mul_ps(weight_scale.low, by), high = _mm256_mul_ps(weight_scale.high, by);
+  total.low = _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(s.low), low), total.low);
+  total.high = _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(s.high), high), total.high);
+}
+#else
+struct Lanes {
+  float x[TILE];
+};
+struct Codes {
+  uint8_t x[TILE * 4];
+};
+static inline Lanes zero_lanes() { return {}; }
+static inline void store_lanes(float* p, Lanes a) { memcpy(p, a.x, sizeof a.x); }
+static inline Lanes load_halves(const uint16_t* p) {
+  Lanes a;
+  for (int i = 0; i < TILE; i++) a.x[i] = half_to_float(p[i]);
+  return a;
+}
+static inline Codes load_codes(const uint8_t* p) {
+  Codes c;
+  memcpy(c.x, p, sizeof c.x);
+  return c;
+}
+static inline Codes low_halves(Codes c) {
+  for (uint8_t& x : c.x) x &= 15;
+  return c;
+}
+static inline Codes high_halves(Codes c) {
+  for (uint8_t& x : c.x) x >>= 4;
+  return c;
+}
+struct Sums {
+  int32_t x[TILE];
+};
+static inline Sums start_sums(int32_t value) {
+  Sums s;
+  for (int32_t& x : s.x) x = value;
+  return s;
+}
+static inline void add_products(Sums& s, Codes c, int32_t four) {
+  int8_t x[4];
+  memcpy(x, &four, 4);
+  for (int i = 0; i < TILE; i++)
+    for (int j = 0; j < 4; j++) s.x[i] += int32_t(c.x[4 * i + j]) * x[j];
+}
+static inline void add_scaled(Lanes& total, Sums s, Lanes weight_scale, float scale) {
+  for (int i = 0; i < TILE; i++) total.x[i] += float(s.x[i]) * (weight_scale.x[i] * scale);
+}
+#endif
+
+template <int BITS, int COUNT>
+static void quantized_tile(const void* values, const uint16_t* scales, int64_t groups,
+                           const Vector* x, float* out) {
+  constexpr int STEPS = BITS == 8 ? 8 : 4, SHIFT = BITS == 8 ? 7 : 3;  // codes lie around 2^SHIFT
+  const uint8_t* w = static_cast<const uint8_t*>(values);
+  Lanes total[COUNT];
+#pragma GCC unroll 8
+  for (int b = 0; b < COUNT; b++) total[b] = zero_lanes();
+  for (int64_t g = 0; g < groups; g++, w += STEPS * 64, scales += TILE) {
+    Codes codes[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < STEPS; j++) {
+      prefetch(w + j * 64);
+      Codes read = load_codes(w + j * 64);
+      if (BITS == 8) {
+        codes[j] = read;
+      } else {
+        codes[2 * j] = low_halves(read);
+        codes[2 * j + 1] = high_halves(read);
+      }
+    }
+    Lanes weight_scale = load_halves(scales);
+#pragma GCC unroll 8
+    for (int b = 0; b < COUNT; b++) {
+      Sums sums = start_sums(x[b].sums[g] * (1 << SHIFT));
+      const int8_t* from = x[b].codes + g * GROUP;
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; j++) {
+        int32_t four;
+        memcpy(&four, from + 4 * j, 4);
+        add_products(sums, codes[j], four);
+      }
+      add_scaled(total[b], sums, weight_scale, x[b].scales[g]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int b = 0; b < COUNT; b++) store_lanes(out + b * TILE, total[b]);
+}
+
+template <int BITS>
+static void quantized_tile(const void* values, const uint16_t* scales, int64_t groups,
+                           const Vector* x, int64_t count, float* out) {
+  for (; count > 0; x += 4, out += 4 * TILE, count -= 4) {
+    switch (count) {
+      case 1: quantized_tile<BITS, 1>(values, scales, groups, x, out); break;
+      case 2: quantized_tile<BITS, 2>(values, scales, groups, x, out); break;
+      case 3: quantized_tile<BITS, 3>(values, scales, groups, x, out); break;
+      default: quantized_tile<BITS, 4>(values, scales, groups, x, out);
+    }
+  }
+}
+
+// One tile of outputs for `count` vectors: out[b * 16 + row]. What lies beyond the last row is
+// unspecified. The tile is read from memory once; more than four vectors find it in the cache.
+static void tile_product(const Matrix& m, int64_t tile, const Vector* x, int64_t count,
+                         float* out) {
+  const int64_t first = tile * TILE, rows = m.rows - first < TILE ? m.rows - first : TILE;
+  const char* values = static_cast<const char*>(m.values);
+  if (m.kind == FP32)
+    return float_tile<float>(values + first * m.columns * 4, rows, m.columns, x, count, out);
+  if (m.kind == BF16)
+    return float_tile<bf16>(values + first * m.columns * 2, rows, m.columns, x, count, out);
+  const int64_t groups = m.groups();
+  const uint16_t* scales = static_cast<const uint16_t*>(m.scales) + tile * groups * TILE;
+  if (m.kind == INT8)
+    return quantized_tile<8>(values + tile * groups * 512, scales, groups, x, count, out);
+  quantized_tile<4>(values + tile * groups * 256, scales, groups, x, count, out);
+}
+
+// Round n numbers, padded with zeros, for a quantised matrix; `Vector` says what is what. A group
+// that holds NaN or infinity gets the scale NaN.
+static inline void quantize(const float* x, int64_t n, int8_t* codes, float* scales,
+                            int32_t* sums) {
+  const ivec no_sign = ivec{} + 0x7fffffff;
+  for (int64_t g = 0; g * GROUP < n; g++, x += GROUP, codes += GROUP) {
+    vec largest = {}, damage = {};
+    for (int i = 0; i < GROUP; i += LANES) {
+      vec here = load(x + i), size = (vec)((ivec)here & no_sign);
+      largest = size > largest ? size : largest;
+      damage += here * vec{};  // NaN for what is not finite
+    }
+    float most = 0.f;
+    for (int i = 0; i < LANES; i++) most = largest[i] > most ? largest[i] : most;
+    const vec inverse = splat(most > 0.f ? 127.f / most : 0.f);
+    const vec shift = splat(12582912.f);  // 1.5 2^23: adding it rounds to a whole number
+    ivec total = {};
+    for (int i = 0; i < GROUP; i += LANES) {
+      vec rounded = (load(x + i) * inverse + shift);
+      ivec code = (ivec)rounded - (ivec)shift;
+      total += code;
+      for (int j = 0; j < LANES; j++) codes[i + j] = int8_t(code[j]);
+    }
+    int32_t all = 0;
+    for (int i = 0; i < LANES; i++) all += total[i];
+    scales[g] = most / 127.f + sum(damage);
+    sums[g] = -all;
+  }
+}
+
+// y[b][0..columns) += sum over `rows` of c[b][r] W[r][0..columns), for a W that is not quantised.
+template <class W>
+static void add_rows(const W* w, int64_t rows, int64_t columns, int64_t row_stride,
+                     const float* c, int64_t c_stride, int64_t count, float* y,
+                     int64_t y_stride) {
+  constexpr int64_t WIDE = 128;  // columns at a time: what is added to stays in the first cache
+  for (int64_t n = 0; n < columns; n += WIDE) {
+    const int64_t width = columns - n < WIDE ? columns - n : WIDE;
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+      const W* from = w + r * row_stride + n;
+      int64_t k = 0;
+      for (; k + LANES <= width; k += LANES) {
+        vec a = load(from + k), b = load(from + row_stride + k);
+        vec d = load(from + 2 * row_stride + k), e = load(from + 3 * row_stride + k);
+        for (int64_t i = 0; i < count; i++) {
+          const float* by = c + i * c_stride + r;
+          float* to = y + i * y_stride + n + k;
+          vec total = load(to) + a * splat(by[0]);
+          total += b * splat(by[1]);
+          total += d * splat(by[2]);
+          store(to, total + e * splat(by[3]));
+        }
+      }
+      for (; k < width; k++)
+        for (int64_t i = 0; i < count; i++)
+          for (int j = 0; j < 4; j++)
+            y[i * y_stride + n + k] += c[i * c_stride + r + j] * to_float(from[j * row_stride + k]);
+    }
+    for (; r < rows; r++)
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t k = 0; k < width; k++)
+          y[i * y_stride + n + k] += c[i * c_stride + r] * to_float(w[r * row_stride + n + k]);
+  }
+}
