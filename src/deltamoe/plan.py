@@ -327,11 +327,11 @@ def activation_bytes(run: RunConfig) -> int:
       decay and beta, ``Hv (2 C + V)`` within the chunks, ``Hv K V / C`` of memory;
     * MLA: ``2 L + P`` of the latent, ``H (2 nope + P + 2 V)`` in and behind the attention;
     * an MLP ``2 F``, an expert ``2 F`` for each token it is sent, a router ``4 E`` in fp32;
-    * the head keeps no logits: their gradient is taken slice by slice; ``D`` for the hidden vectors'.
+    * the head keeps ``D``, the hidden vectors' gradient: logits live for one slice.
 
     With ``checkpoint_activations`` a block keeps its input (D) and only the costliest block counts
-    in full. A test holds it within a quarter of what autograd stores with the CPU's kernels; PyTorch's
-    own forms keep up to twice as much, allocators waste some: read it as "about", not as a bound.
+    in full. A test holds it within a quarter of what autograd stores with the CPU's kernels;
+    PyTorch's own forms keep up to twice as much, allocators waste some: read it as "about".
     """
     config, tokens = run.model, run.data.rows * run.data.context
     precision = _widest_precision(run)
