@@ -1,6 +1,6 @@
 # The verbs of this project. `make setup` is done by every other verb that needs it.
 #
-#   make demo    train a small model on real text for ten minutes, then talk to it
+#   make demo    train a small model on real text for some minutes, then talk to it
 #   make test    run the tests             make check   format, lint, types
 #   make bench   speed and memory          make docs    the API reference, in build/docs
 #   make size    the largest files         make test-mlx   parity with mlx-lm (downloads it)
@@ -15,12 +15,16 @@ WORKERS ?= 2
 
 .PHONY: setup demo test test-slow test-gpu test-mlx check bench bench-quality bench-experts docs size clean
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.dev
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deltamoe needs Python 3.11 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.ready
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -32,13 +36,13 @@ $(VENV)/.text: $(VENV)/.ready
 demo: $(VENV)/.text
 	@sh demo.sh $(BIN)/deltamoe $(RUN)
 
-test: $(VENV)/.ready
+test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow'
 
-test-slow: $(VENV)/.ready
+test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow
 
-test-gpu: $(VENV)/.ready
+test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m gpu
 
 build/mlx/.ready: constraints.txt
@@ -47,25 +51,26 @@ build/mlx/.ready: constraints.txt
 	build/mlx/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt 'mlx[cpu]' mlx-lm
 	@touch $@
 
-test-mlx: $(VENV)/.ready build/mlx/.ready
+test-mlx: $(VENV)/.dev build/mlx/.ready
 	$(BIN)/python -m pytest -q -m mlx tests/conversion/test_mlx.py
 
-check: $(VENV)/.ready
+check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.ready
+bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_kda.py
 	$(BIN)/python benchmarks/bench_training.py
+	$(BIN)/python -m benchmarks.bench_decode --threads 2
 
-bench-quality: $(VENV)/.ready
+bench-quality: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_quality.py $(TEXT)
 
-bench-experts: $(VENV)/.text
+bench-experts: $(VENV)/.dev $(VENV)/.text
 	$(BIN)/python benchmarks/bench_experts.py
 
-docs: $(VENV)/.ready
+docs: $(VENV)/.dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check 'pdoc>=15'
 	$(BIN)/pdoc -o build/docs deltamoe
 	@echo "open build/docs/index.html; the guides are in docs/"
