@@ -4,7 +4,8 @@
 
 The file is karpathy/char-rnn's input.txt (1,115,394 bytes). Each seed is one `deltamoe train` of
 quality.toml (--large: quality-large.toml, meant for a GPU). The figure is the loss on the whole
-validation split: windows of 256 characters, none overlapping, state reset at each. Writes
+validation split: windows of 256 characters, none overlapping, state reset at each; on the way a
+part of it is read. The time is the whole command's, from start to that figure. Writes
 results/quality.json and .md with the curve.
 """
 
@@ -14,6 +15,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import mean
 
@@ -27,15 +29,17 @@ SEEDS = (0, 1, 2)
 PUBLISHED = {"quality": 1.88, "quality-large": 1.4697}
 
 
-def train(recipe: Path, text: Path, seed: int, folder: Path) -> list[dict]:
-    """Train one seed and return the records that hold a validation."""
+def train(recipe: Path, text: Path, seed: int, folder: Path) -> tuple[list[dict], float]:
+    """Train one seed; return the records that hold a validation, and the command's seconds."""
     command = [
         *(sys.executable, "-m", "deltamoe", "train", str(recipe), "--out", str(folder)),
         *(f"data.path={text}", f"train.seed={seed}"),
     ]
+    started = time.perf_counter()
     subprocess.run(command, check=True)
+    took = time.perf_counter() - started
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [r for r in records if "validation_bits_per_byte" in r]
+    return [r for r in records if "validation_bits_per_byte" in r], took
 
 
 def main() -> None:
@@ -48,10 +52,11 @@ def main() -> None:
     name = "quality-large" if "--large" in sys.argv else "quality"
     recipe = Path(__file__).parent / f"{name}.toml"
     costs = plan(resolve(str(recipe))[0])
-    curves = {}
+    curves, seconds = {}, []
     with tempfile.TemporaryDirectory() as folder:
         for seed in SEEDS:
-            curves[seed] = train(recipe, text, seed, Path(folder) / f"seed-{seed}")
+            curves[seed], took = train(recipe, text, seed, Path(folder) / f"seed-{seed}")
+            seconds.append(took)
     # one byte a character: nats a character are bits a byte times ln 2
     losses = {
         seed: [(r["step"], r["validation_bits_per_byte"] * math.log(2)) for r in curve]
@@ -70,6 +75,8 @@ def main() -> None:
         f"**Validation loss, mean of {len(SEEDS)} seeds: {mean(last):.4f} nats a character** "
         f"({', '.join(f'{x:.4f}' for x in last)})",
         "",
+        f"Seconds for each seed: {', '.join(f'{took:.0f}' for took in seconds)}",
+        "",
         "| step | " + " | ".join(f"seed {seed}" for seed in losses) + " |",
         "|---|" + "---|" * len(losses),
     ]
@@ -77,7 +84,9 @@ def main() -> None:
         lines.append(f"| {rows[0][0]} | " + " | ".join(f"{loss:.4f}" for _, loss in rows) + " |")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": describe(), "loss": losses}))
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps({"machine": describe(), "loss": losses, "seconds": seconds})
+    )
     print("\n".join(lines))
 
 
