@@ -10,9 +10,10 @@ from deltamoe.checkpoint import Checkpoint, find_checkpoint, load, load_config, 
 from deltamoe.checkpoint.folder import TOKENIZER, TRAIN_STATE
 from deltamoe.checkpoint.published import is_published
 from deltamoe.config import RunConfig, read_json
-from deltamoe.errors import BackendUnavailableError, CheckpointError, ConfigError
+from deltamoe.errors import CheckpointError
 from deltamoe.layers.expert_cache import CachedExperts, ExpertCache
 from deltamoe.model import HybridLM
+from deltamoe.model.device import choose_device
 from deltamoe.plan import Bits, parameters
 from deltamoe.tokenizer import (
     ChatTemplate,
@@ -109,7 +110,7 @@ def open_model(
     return OpenedModel(
         model=load(
             checkpoint,
-            device=_device("cpu" if memory is not None and device == "auto" else device),
+            device=choose_device("cpu" if memory is not None and device == "auto" else device),
             dtype=_DTYPES[dtype] if dtype else None,
             quantize=quantize,
             memory=memory,
@@ -120,18 +121,3 @@ def open_model(
         tokenizer_path=tokenizer_path,
         chat_template=read_chat_template(checkpoint.path, tokenizer),
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device = {name!r}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BackendUnavailableError(
-            f"device = {name!r}, but torch finds {torch.cuda.device_count()} CUDA devices; "
-            "use auto or cpu"
-        )
-    return device

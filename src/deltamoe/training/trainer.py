@@ -30,9 +30,10 @@ from deltamoe.checkpoint import (
 from deltamoe.checkpoint.folder import CONFIG, OPTIMIZER, TOKENIZER, TRAIN_STATE, WEIGHTS
 from deltamoe.config import ModelConfig, RunConfig, check_format, read_json, to_json
 from deltamoe.data import NO_TARGET, Batch, Loader, PreparedData
-from deltamoe.errors import BackendUnavailableError, CheckpointError, ConfigError
+from deltamoe.errors import CheckpointError, ConfigError
 from deltamoe.layers import Mlp, RMSNorm
 from deltamoe.model import HybridLM, Routing
+from deltamoe.model.device import choose_device
 from deltamoe.plan import plan
 from deltamoe.training.balance import (
     load_balance_loss,
@@ -51,7 +52,7 @@ from deltamoe.training.optimizer import MuonAdamW, fastest_dtype
 from deltamoe.training.schedule import learning_rate_factor
 from deltamoe.version import __version__
 
-__all__ = ["StepReport", "Trainer", "device_of"]
+__all__ = ["StepReport", "Trainer"]
 
 
 @dataclass
@@ -98,7 +99,7 @@ class Trainer:
         _require_vocabulary(config.model, data)
         self.config = config
         self.data = data
-        self.device = device_of(config.train.device)
+        self.device = choose_device(config.train.device)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         saved = _read_train_state(checkpoint) if checkpoint else {}
@@ -337,22 +338,6 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def _name_of(dtype: torch.dtype) -> str:
     return next(name for name, known in _DTYPES.items() if known == dtype)
-
-
-def device_of(name: str) -> torch.device:
-    """The device a configuration names; "auto" is CUDA where there is one.
-
-    Raises:
-        BackendUnavailableError: CUDA was asked for by name and is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailableError(
-            f"train.device = {name!r}, but torch finds no CUDA device; use auto or cpu"
-        )
-    return device
 
 
 def _require_vocabulary(config: ModelConfig, data: PreparedData) -> None:
