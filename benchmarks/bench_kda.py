@@ -1,6 +1,7 @@
 """How fast is the chunk form of KDA on a CPU, beside its definition, its peers and the floor?
 
-    python benchmarks/bench_kda.py
+    python benchmarks/bench_kda.py              # all of it
+    python benchmarks/bench_kda.py precisions   # bf16 against fp32 alone
 
 Each row runs in a process of its own, which also measures the machine's fp32 matrix product (the
 floor) and what the row adds to the process's peak memory. The ratios are of one run. Useful
@@ -20,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from machine import describe, median_seconds
+from machine import describe, interleaved_seconds, median_seconds
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -106,8 +107,46 @@ def measure(name: str) -> dict[str, float]:
     }
 
 
+def run(tensors: list[Tensor], *, has_gradient: bool) -> None:
+    """The native chunk form, forward or both ways."""
+    with torch.set_grad_enabled(has_gradient):
+        out = kda_chunk(*tensors, backend="native")[0]
+        if has_gradient:
+            torch.autograd.grad(out.float().sum(), tensors)
+
+
+def precisions() -> None:
+    """What bf16 gains, in turns with fp32, beside what it gains in a square matrix product."""
+    a = torch.randn(2048, 2048)
+    narrow = a.bfloat16()
+    wide_inputs, narrow_inputs = inputs(T), inputs(T, torch.bfloat16)
+    everything = torch.get_num_threads()
+    print("\nfp32 / bf16, in turns       forward       both ways     matrix product")
+    for threads in sorted({1, everything}):
+        torch.set_num_threads(threads)
+        runs: dict[str, Callable[[], object]] = {
+            "forward fp32": partial(run, wide_inputs, has_gradient=False),
+            "forward bf16": partial(run, narrow_inputs, has_gradient=False),
+            "both fp32": partial(run, wide_inputs, has_gradient=True),
+            "both bf16": partial(run, narrow_inputs, has_gradient=True),
+            "product fp32": partial(torch.mm, a, a),
+            "product bf16": partial(torch.mm, narrow, narrow),
+        }
+        seconds = interleaved_seconds(runs, 11)
+        pairs = [
+            (seconds[f"{what} fp32"], seconds[f"{what} bf16"])
+            for what in ("forward", "both", "product")
+        ]
+        columns = [f"{x * 1e3:5.1f} / {y * 1e3:5.1f} = {x / y:.2f}" for x, y in pairs]
+        print(f"{threads} threads, ms         ", "   ".join(columns), flush=True)
+    torch.set_num_threads(everything)
+
+
 def main() -> None:
     torch.manual_seed(0)
+    if sys.argv[1:] == ["precisions"]:
+        precisions()
+        return
     if sys.argv[1:]:
         print(json.dumps(measure(sys.argv[1])))
         return
@@ -138,6 +177,7 @@ def main() -> None:
                 f"{row['extra_bytes'] / ours['extra_bytes']:7.1f} x"
             )
 
+    precisions()
     print("\nprefill: the cost of a token must not grow with the length")
     for time in (1024, 2048, 4096, 8192, 16384):
         tensors = [x.detach() for x in inputs(time)]

@@ -223,11 +223,12 @@ class _KdaChunk(torch.autograd.Function):
         problem = _problem((q, k, v, log_decay, beta), d_out, ctx.sequences, d_final, ctx.chunk)
         _set_saved(problem, saved)
         # Value heads of one query head add to the same gradient: in fp32, whatever q's dtype.
+        adds = q.shape[2] < v.shape[2]
         found = tuple(
             torch.empty(x.shape, dtype=torch.float32 if is_shared else x.dtype)
             for x, is_shared in (
-                (q, True),
-                (k, True),
+                (q, adds),
+                (k, adds),
                 (v, False),
                 (log_decay, False),
                 (beta, False),

@@ -76,13 +76,17 @@ int64_t num_strips(const Shape& shape) {
 
 template <class T>
 void fetch_row(const T* from, const Strip& strip, float* to) {
-  for (int64_t c = 0; c < strip.size; c++) to[c] = to_float(from[c]);
-  for (int64_t c = strip.size; c < strip.padded; c++) to[c] = 0.f;
+  int64_t c = 0;
+  for (; c + LANES <= strip.size; c += LANES) store(to + c, load_wide(from + c));
+  for (; c < strip.size; c++) to[c] = to_float(from[c]);
+  for (; c < strip.padded; c++) to[c] = 0.f;
 }
 
 template <class T>
 void store_row(const float* from, int64_t size, T* to) {
-  for (int64_t c = 0; c < size; c++) to[c] = from_float<T>(from[c]);
+  int64_t c = 0;
+  for (; c + LANES <= size; c += LANES) store_narrow(to + c, load(from + c));
+  for (; c < size; c++) to[c] = from_float<T>(from[c]);
 }
 
 // Inputs begin - (W - 1) .. end of a sequence, its past in front of it.
@@ -90,6 +94,8 @@ template <class X>
 void fetch_inputs(const Shape& shape, const Chunk& chunk, const Strip& strip, const X* x,
                   const X* past, int64_t begin, int64_t end, float* to) {
   for (int64_t t = begin - (strip.width - 1); t < end; t++, to += strip.padded) {
+    if (t + TILE < chunk.end)
+      prefetch(x + chunk.x_offset + (t + TILE) * shape.x_row + strip.first, strip.size * sizeof(X));
     if (t >= 0) {
       fetch_row(x + chunk.x_offset + t * shape.x_row + strip.first, strip, to);
     } else if (past) {
@@ -170,6 +176,22 @@ inline void gradient_of_sum(const Shape& shape, const Strip& strip, const float*
   for (int64_t i = 0; i < strip.padded; i += LANES) store(d_c + i, load(d_c + i) * load(slope + i));
 }
 
+// share[j] += sum over the tokens t of d_c[t] x[t + j]
+template <int W>
+void add_share(const Strip& strip, const float* d_c, const float* x, int64_t tokens, float* share) {
+  constexpr int64_t AT_ONCE = W ? W : 1;  // sums that do not wait for each other
+  const int64_t padded = strip.padded;
+  for (int64_t j = 0; j < strip.width; j += AT_ONCE)
+    for (int64_t i = 0; i < padded; i += LANES) {
+      vec total[AT_ONCE];
+      for (int64_t n = 0; n < AT_ONCE; n++) total[n] = load(share + (j + n) * padded + i);
+      for (int64_t t = 0; t < tokens; t++)
+        for (int64_t n = 0; n < AT_ONCE; n++)
+          total[n] += load(d_c + t * padded + i) * load(x + (t + j + n) * padded + i);
+      for (int64_t n = 0; n < AT_ONCE; n++) store(share + (j + n) * padded + i, total[n]);
+    }
+}
+
 template <int W, class X, class Y>
 void backward(const Shape& shape, const X* x, const float* weight, const X* past, const Y* d_y,
               X* d_x, float* d_weight, X* d_past) {
@@ -190,20 +212,18 @@ void backward(const Shape& shape, const X* x, const float* weight, const X* past
       // The last inputs of the tile also entered the next tokens' sums.
       int64_t reach = end + extra < chunk.length ? end + extra : chunk.length;
       fetch_inputs(shape, chunk, strip, x, past, begin, reach, inputs.data());
-      for (int64_t t = begin; t < reach; t++)
+      for (int64_t t = begin; t < reach; t++) {
+        if (t + TILE < chunk.end)
+          prefetch(d_y + (chunk.first_row + t + TILE) * shape.channels + strip.first,
+                   strip.size * sizeof(Y));
         gradient_of_sum<W>(shape, strip, inputs.data() + (t - begin) * padded,
                            d_y + (chunk.first_row + t) * shape.channels + strip.first, s, slope,
                            gradients.data() + (t - begin) * padded);
+      }
       for (int64_t t = reach; t < end + extra; t++)
         for (int64_t i = 0; i < padded; i++) gradients[(t - begin) * padded + i] = 0.f;
 
-      for (int64_t j = 0; j < width; j++)
-        for (int64_t i = 0; i < padded; i += LANES) {
-          const float *d_c = gradients.data() + i, *in = inputs.data() + j * padded + i;
-          vec total = load(share.data() + j * padded + i);
-          for (int64_t t = 0; t < end - begin; t++) total += load(d_c + t * padded) * load(in + t * padded);
-          store(share.data() + j * padded + i, total);
-        }
+      add_share<W>(strip, gradients.data(), inputs.data(), end - begin, share.data());
       // Token t entered the sums of t .. t + W - 1, the last of them through the oldest tap.
       for (int64_t t = begin; t < end; t++) {
         const float* d_c = gradients.data() + (t - begin) * padded;
@@ -211,7 +231,8 @@ void backward(const Shape& shape, const X* x, const float* weight, const X* past
           vec total{};
           const int64_t taps = W ? W : width;
           for (int64_t j = 0; j < taps; j++)
-            total += load(strip.weight.data() + j * padded + i) * load(d_c + (taps - 1 - j) * padded + i);
+            total += load(strip.weight.data() + j * padded + i) *
+                     load(d_c + (taps - 1 - j) * padded + i);
           store(s + i, total);
         }
         store_row(s, strip.size, d_x + (chunk.first_row + t) * shape.channels + strip.first);

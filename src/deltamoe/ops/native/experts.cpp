@@ -190,12 +190,7 @@ void convert(const From* from, int64_t n, To* to) {
     memcpy(to, from, n * sizeof(To));
   } else {
     int64_t i = 0;
-#if defined(__AVX512BF16__)
-    if constexpr (std::is_same_v<From, float>)
-      for (; i + 32 <= n; i += 32)
-        _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh((__m512)load(from + i + 16),
-                                                                 (__m512)load(from + i)));
-#endif
+    for (; i + LANES <= n; i += LANES) store_narrow(to + i, load_wide(from + i));
     for (; i < n; i++) to[i] = from_float<To>(to_float(from[i]));
   }
 }
@@ -214,6 +209,8 @@ void read_panel(const X* x, int64_t dim, const Panel& panel, Token token,
     for (int64_t i = 0; i < LANES; i++) {
       E* row = rows + i * channels;
       int64_t n = 0;
+      if (first + LANES + i < panel.rows)
+        prefetch(x + token(panel.first + first + LANES + i) * dim, dim * sizeof(X));
       if (first + i < panel.rows) {
         convert(x + token(panel.first + first + i) * dim, dim, row);
         n = dim;
@@ -254,6 +251,22 @@ void write_rows(const float* block, int64_t channels, int64_t width, int64_t row
         memcpy(to + (r + j) * to_row + c, square + j * LANES, high * 4);
     }
 }
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+// The same in bf16; the block has 32 channels, of which `channels` are written.
+void write_rows(const float* block, int64_t channels, int64_t width, int64_t rows, bf16* to,
+                int64_t to_row) {
+  alignas(64) float pairs[16 * 16], turned[16 * 16];
+  for (int64_t r = 0; r < rows; r += 16) {
+    const float* from = block + r;
+    for (int64_t c = 0; c < 16; c++, from += 2 * width)
+      _mm512_store_si512(pairs + c * 16, bf16_pairs(load(from), load(from + width)));
+    transpose_square(pairs, 16, turned, 16);  // two channels move as one fp32 number
+    const int64_t wide = rows - r < 16 ? rows - r : 16;
+    for (int64_t j = 0; j < wide; j++) memcpy(to + (r + j) * to_row, turned + j * 16, channels * 2);
+  }
+}
+#endif
 
 // One matrix an expert [height, depth], as P's products read them; copied only if they must be.
 template <class P, class W>
@@ -331,17 +344,6 @@ class Matrices {
 
 // ── between the products ─────────────────────────────────────────────────────────────────────────
 
-vec load_wide(const float* p) { return load(p); }
-vec load_wide(const bf16* p) {
-#if defined(__AVX512F__)
-  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
-#else
-  typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
-  return (vec)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), ivec) << 16);
-#endif
-}
-
 // gate <- silu(gate) * up; both have room up to a multiple of LANES.
 void swiglu(int64_t n, float* gate, const float* up) {
   for (int64_t i = 0; i < n; i += LANES) {
@@ -401,8 +403,9 @@ float weight_of(const Problem& p, int64_t row) {
 }
 
 // y[n] = sum_a weight[n, a] answers[row of (n, a)], in the order of a.
-template <class X>
-void combine(const Problem& p, const float* answers, bool weighs, X* y) {
+template <class E, class X>
+void combine(const Problem& p, const E* answers, bool weighs, X* y) {
+  const auto row_of = [&](int64_t i) { return p.rows ? p.rows[i] : i; };
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     Buffer<float> sum(p.dim);
@@ -410,12 +413,18 @@ void combine(const Problem& p, const float* answers, bool weighs, X* y) {
     for (int64_t n = 0; n < p.tokens; n++) {
       memset(sum, 0, p.dim * 4);
       for (int64_t i = n * p.choices; i < (n + 1) * p.choices; i++) {
-        const int64_t row = p.rows ? p.rows[i] : i;
+        constexpr int64_t AHEAD = 8;
+        if (i + AHEAD < p.tokens * p.choices && row_of(i + AHEAD) < p.routed)
+          prefetch(answers + row_of(i + AHEAD) * p.dim, p.dim * sizeof(E));
+        const int64_t row = row_of(i);
         if (row >= p.routed) continue;
         const float weight = weighs && p.weights ? p.weights[i] : 1.f;
-        const float* answer = answers + row * p.dim;
+        const E* answer = answers + row * p.dim;
         float* to = sum;
-        for (int64_t c = 0; c < p.dim; c++) to[c] += weight * answer[c];
+        int64_t c = 0;
+        for (; c + LANES <= p.dim; c += LANES)
+          store(to + c, load(to + c) + splat(weight) * load_wide(answer + c));
+        for (; c < p.dim; c++) to[c] += weight * to_float(answer[c]);
       }
       convert(static_cast<float*>(sum), p.dim, y + n * p.dim);
     }
@@ -423,9 +432,9 @@ void combine(const Problem& p, const float* answers, bool weighs, X* y) {
 }
 
 // The answers of a channel that everyone visits once are its output already.
-template <class X>
+template <class E, class X>
 bool writes_directly(const Problem& p) {
-  return std::is_same_v<X, float> && !p.rows && !p.weights;
+  return std::is_same_v<X, E> && !p.rows && !p.weights;
 }
 
 // ── forward ──────────────────────────────────────────────────────────────────────────────────────
@@ -441,8 +450,9 @@ void forward(const Problem& p, const X* x, const W* w_gate, const W* w_up, const
   std::unique_ptr<Matrices<P, W>> gates;
   if (w_gate) gates = std::make_unique<Matrices<P, W>>(p, w_gate, p.hidden, p.dim, false);
   const int64_t dim = P::padded(p.dim), hidden = P::padded(p.hidden);
-  Buffer<float> room(writes_directly<X>(p) ? 0 : p.routed * p.dim);
-  float* answers = writes_directly<X>(p) ? reinterpret_cast<float*>(y) : room;
+  const bool is_direct = writes_directly<E, X>(p);
+  Buffer<E> room(is_direct ? 0 : p.routed * p.dim);
+  E* answers = is_direct ? reinterpret_cast<E*>(y) : room;
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     const Tiles tiles(P::IS_TILED);
@@ -478,7 +488,7 @@ void forward(const Problem& p, const X* x, const W* w_gate, const W* w_up, const
       }
     }
   }
-  if (!writes_directly<X>(p)) combine(p, answers, true, y);
+  if (!is_direct) combine(p, answers, true, y);
 }
 
 // ── forward for a few rows an expert, as when decoding: each weight is read once ─────────────────
@@ -565,7 +575,7 @@ void forward_few(const Problem& p, const X* x, const W* w_gate, const W* w_up, c
                between + panel.first * hidden, answers + panel.first * dim + d, dim);
     }
   }
-  combine(p, answers, true, y);
+  combine(p, static_cast<float*>(answers), true, y);
 }
 
 // ── backward ─────────────────────────────────────────────────────────────────────────────────────
@@ -589,6 +599,7 @@ class Reduction {
   template <class Token>
   void gather(const X* x, int64_t dim, int64_t column, const Panel* panels, int64_t count,
               Token token) {
+    constexpr int64_t AHEAD = 16;
     const int64_t size = dim - column < COLUMNS ? dim - column : COLUMNS;
     E* to = right_;
     for (const Panel* panel = panels; panel < panels + count; panel++)
@@ -596,6 +607,8 @@ class Reduction {
         alignas(64) E pair[2 * COLUMNS];
         for (int64_t i = 0; i < 2; i++) {
           const int64_t n = r + i < panel->rows ? size : 0;
+          if (r + i + AHEAD < panel->rows)
+            prefetch(x + token(panel->first + r + i + AHEAD) * dim + column, size * sizeof(X));
           if (n) convert(x + token(panel->first + r + i) * dim + column, n, pair + i * COLUMNS);
           memset(pair + i * COLUMNS + n, 0, (COLUMNS - n) * sizeof(E));
         }
@@ -631,8 +644,9 @@ void backward(const Problem& p, const X* x, const W* w_gate, const W* w_up, cons
   const auto token = [&](int64_t row) { return token_of(p, row); };
   // As left operands over rows: [hidden, width] of each panel.
   Buffer<E> d_gates(w_gate ? places * hidden : 0), d_ups(places * hidden), hiddens(places * hidden);
-  Buffer<float> room(writes_directly<X>(p) || !d.x ? 0 : p.routed * p.dim);
-  float* d_rows = writes_directly<X>(p) ? static_cast<float*>(d.x) : room;
+  const bool is_direct = writes_directly<E, X>(p);
+  Buffer<E> room(is_direct || !d.x ? 0 : p.routed * p.dim);
+  E* d_rows = is_direct ? static_cast<E*>(d.x) : room;
   {
     const Matrices<P, W> ups(p, w_up, p.hidden, p.dim, true);
     const Matrices<P, W> downs(p, w_down, p.dim, p.hidden, true);
@@ -699,7 +713,7 @@ void backward(const Problem& p, const X* x, const W* w_gate, const W* w_up, cons
       }
     }
   }
-  if (d.x && !writes_directly<X>(p)) combine(p, d_rows, false, static_cast<X*>(d.x));
+  if (d.x && !is_direct) combine(p, d_rows, false, static_cast<X*>(d.x));
   if (!d.w_up) return;
 
   // Each expert's panels are neighbours.

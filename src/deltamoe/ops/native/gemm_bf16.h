@@ -31,6 +31,7 @@ class Tiles {
       uint8_t rows[16] = {};
     } config;
     for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
+    asm volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic names the first 8 bytes only
     _tile_loadconfig(&config);
   }
   ~Tiles() {
@@ -41,6 +42,9 @@ class Tiles {
  private:
   bool configured_;
 };
+
+// What follows may load tiles from all that was stored so far: GCC's intrinsic does not say so.
+static inline void before_tile_loads() { asm volatile("" : : : "memory"); }
 
 // Of two rows of 16 numbers: (first[0], second[0], first[1], second[1], ...) in bf16.
 static inline __m512i bf16_pairs(vec first, vec second) {
@@ -96,12 +100,37 @@ static void pack_right(int N, int K, const float* b, ptrdiff_t ldb, bf16* to) {
       }
 }
 
-// One or two tiles of C each way; a and b are packed.
+// x * y * sign, and * by[row] if given, as pack_left packs it; x and y [M, K] without gaps.
+static inline void pack_product(int M, int K, const float* x, const float* y, const float* by,
+                                float sign, bf16* to) {
+  const int width = (K + 31) / 32 * 32;
+  for (int m = 0; m < M; m++, x += K, y += K, to += width) {
+    const vec scale = splat(by ? sign * by[m] : sign);
+    for (int k = 0; k < width; k += 32) {
+      vec low = load(x + k) * load(y + k) * scale;
+      vec high = k + 16 < K ? load(x + k + 16) * load(y + k + 16) * scale : vec{};
+      _mm512_storeu_si512(to + k, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+    }
+  }
+}
+
+// The same as pack_right of `rows` [N, K] transposed, which pack_left has made.
+static inline void pack_turned(int N, int K, const bf16* rows, bf16* to) {
+  const int width = (K + 31) / 32 * 32;  // two terms move as one fp32 number
+  for (int k = 0; k < width; k += 32)
+    for (int n = 0; n < N; n += 16, to += 512)
+      transpose_square(reinterpret_cast<const float*>(rows + n * width + k), width / 2,
+                       reinterpret_cast<float*>(to), 16);
+}
+
+// One or two tiles of C each way; a and b are packed, with `width` terms a row of A and `columns`
+// of B.
 template <bool adds, int ROWS, int COLUMNS>
-static inline void tile_product(int width, int N, const bf16* a, const bf16* b, float* c,
-                                ptrdiff_t ldc) {
+static inline void tile_product(int depth, const bf16* a, int width, const bf16* b, int columns,
+                                float* c, ptrdiff_t ldc) {
   const ptrdiff_t a_row = width * 2, c_row = ldc * 4;
-  const ptrdiff_t b_step = ptrdiff_t(N) * 32;  // from one tile of terms to the next
+  const ptrdiff_t b_step = ptrdiff_t(columns) * 32;  // from one tile of terms to the next
+  before_tile_loads();
   if (adds) {
     _tile_loadd(0, c, c_row);
     if (COLUMNS == 2) _tile_loadd(1, c + 16, c_row);
@@ -113,7 +142,7 @@ static inline void tile_product(int width, int N, const bf16* a, const bf16* b, 
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int k = 0; k < width; k += 32, b += b_step) {
+  for (int k = 0; k < depth; k += 32, b += b_step) {
     _tile_loadd(4, a + k, a_row);
     _tile_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -133,20 +162,16 @@ static inline void tile_product(int width, int N, const bf16* a, const bf16* b, 
   if (ROWS == 2 && COLUMNS == 2) _tile_stored(3, c + 16 * ldc + 16, c_row);
 }
 
-// C = A B or C += A B with packed operands.
+// C = A B or C += A B with packed operands, over `depth` terms: a multiple of 32.
 template <bool adds>
-static void gemm_packed(int M, int N, int K, const bf16* a, const bf16* b, float* c,
-                        ptrdiff_t ldc) {
-  const int width = (K + 31) / 32 * 32;
+static void gemm_packed(int M, int N, int depth, const bf16* a, int width, const bf16* b,
+                        int columns, float* c, ptrdiff_t ldc) {
   for (int n = 0; n < N; n += 32)
     for (int m = 0; m < M; m += 32) {
-      const bf16 *left = a + m * width, *right = b + n * 32;
-      float* to = c + m * ldc + n;
-      bool two_rows = m + 16 < M, two_columns = n + 16 < N;
-      if (two_rows && two_columns) tile_product<adds, 2, 2>(width, N, left, right, to, ldc);
-      else if (two_rows) tile_product<adds, 2, 1>(width, N, left, right, to, ldc);
-      else if (two_columns) tile_product<adds, 1, 2>(width, N, left, right, to, ldc);
-      else tile_product<adds, 1, 1>(width, N, left, right, to, ldc);
+      const bool high = m + 16 < M, wide = n + 16 < N;
+      auto block = high ? (wide ? tile_product<adds, 2, 2> : tile_product<adds, 2, 1>)
+                        : (wide ? tile_product<adds, 1, 2> : tile_product<adds, 1, 1>);
+      block(depth, a + m * width, width, b + n * 32, columns, c + m * ldc + n, ldc);
     }
 }
 
@@ -161,7 +186,8 @@ static void gemm_bf16(int M, int N, int K, Strided a, const float* b, ptrdiff_t 
     for (int m = 0; m < M; m++)
       for (int n = 0; n < N; n += LANES)
         store(c + m * ldc + n, load(c + m * ldc + n) * splat(scale[m]));
-  gemm_packed<into != Into::SET>(M, N, K, room, right, c, ldc);
+  const int width = (K + 31) / 32 * 32;
+  gemm_packed<into != Into::SET>(M, N, width, room, width, right, N, c, ldc);
 }
 
 #else
@@ -170,6 +196,12 @@ struct Tiles {
   explicit Tiles(bool) {}
 };
 static inline size_t packed_size(size_t, size_t) { return 0; }
+static inline void pack_left(int, int, Strided, float, bf16*) {}
+static inline void pack_right(int, int, const float*, ptrdiff_t, bf16*) {}
+static inline void pack_product(int, int, const float*, const float*, const float*, float, bf16*) {}
+static inline void pack_turned(int, int, const bf16*, bf16*) {}
+template <bool adds>
+static void gemm_packed(int, int, int, const bf16*, int, const bf16*, int, float*, ptrdiff_t) {}
 template <Into into>
 static void gemm_bf16(int M, int N, int K, Strided a, const float* b, ptrdiff_t ldb, float* c,
                       ptrdiff_t ldc, bf16*, const float* scale = nullptr) {

@@ -1,14 +1,16 @@
 // Kimi Delta Attention over chunks: forward, and the backward pass written by hand.
 //
-// One task is one sequence and one query/key head with its value heads; a task walks its chunks in
-// order with everything it needs in this core's cache, so results do not depend on the number of
-// threads. Letters and derivation: docs/kda.md. A chunk is cut in blocks of 16 tokens. Between two
-// blocks "survival by halves" splits the decay at a cut, so a block of pairs is one matrix
-// product; inside a block what each token wrote is carried along and fades step by step. Nothing
-// is ever divided by a decay, so any decay in [0, 1] is exact.
+// One task is one sequence and a few query/key heads with their value heads; a task walks its
+// chunks in order with everything it needs in this core's cache. No head's numbers depend on how
+// many there are in its task, so results do not depend on the number of threads. Letters and
+// derivation: docs/kda.md. A chunk is cut in blocks of 16 tokens. Between two blocks "survival by
+// halves" splits the decay at a cut, so a block of pairs is one matrix product; inside a block
+// what each token wrote is carried along and fades step by step. Nothing is ever divided by a
+// decay, so any decay in [0, 1] is exact.
 //
 // Products are in fp32. If the values came in bf16 and the machine has AMX, all but the triangular
-// solve round their operands to bf16 and sum in fp32.
+// solve round their operands to bf16 and sum in fp32; forward, the halves then go on down to 4
+// tokens. What is an operand twice is packed once.
 //
 // Rows are padded with zeros to a multiple of 16 tokens and channels: a zero key writes nothing.
 
@@ -21,6 +23,7 @@
 namespace {
 
 constexpr int BLOCK = 16;
+constexpr int NEAR = 4;  // tokens between which nothing is rounded
 
 struct Tensor {  // [batch, time, head, channel], channels contiguous; bf16 or fp32
   void* data;
@@ -71,19 +74,35 @@ class Scratch {  // one allocation, cut into 64-byte-aligned pieces
   size_t used_ = 0;
 };
 
+template <class T>
+void widen(const T* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(to + i, load_wide(from + i));
+  for (; i < n; i++) to[i] = to_float(from[i]);
+}
+
 void read_row(const Tensor& x, int64_t b, int64_t t, int64_t h, int64_t n, float* to) {
   int64_t at = b * x.batch + t * x.time + h * x.head;
-  if (x.is_bf16)
-    for (int64_t i = 0; i < n; i++) to[i] = to_float(static_cast<bf16*>(x.data)[at + i]);
-  else
-    memcpy(to, static_cast<float*>(x.data) + at, n * 4);
+  if (x.is_bf16) widen(static_cast<bf16*>(x.data) + at, n, to);
+  else widen(static_cast<float*>(x.data) + at, n, to);
+}
+
+// A row that will be read when the next chunk's turn comes.
+void prefetch_row(const Tensor& x, int64_t b, int64_t t, int64_t h, int64_t n) {
+  const int64_t size = x.is_bf16 ? 2 : 4, at = b * x.batch + t * x.time + h * x.head;
+  prefetch(static_cast<char*>(x.data) + at * size, n * size);
+}
+
+void narrow(const float* from, int64_t n, bf16* to) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store_narrow(to + i, load(from + i));
+  for (; i < n; i++) to[i] = from_float<bf16>(from[i]);
 }
 
 void write_row(const Tensor& x, int64_t b, int64_t t, int64_t h, int64_t n, const float* from) {
   int64_t at = b * x.batch + t * x.time + h * x.head;
   if (x.is_bf16)
-    for (int64_t i = 0; i < n; i++)
-      static_cast<bf16*>(x.data)[at + i] = from_float<bf16>(from[i]);
+    narrow(from, n, static_cast<bf16*>(x.data) + at);
   else
     memcpy(static_cast<float*>(x.data) + at, from, n * 4);
 }
@@ -93,31 +112,74 @@ void add_row(const Tensor& x, int64_t b, int64_t t, int64_t h, int64_t n, const 
   for (int64_t i = 0; i < n; i++) to[i] += from[i];
 }
 
-// Products in fp32, or in bf16 where that is wanted and faster.
-struct Products {
-  bf16* room = nullptr;  // null for fp32
+// What stands left and right of a product: as it lies in fp32, and packed if it is to be rounded.
+struct Left {
+  Strided wide;
+  const bf16* packed;
+  int width;  // terms of a packed row
+  Left from(int row) const {
+    return {{wide.p + row * wide.row, wide.row, wide.column}, packed + row * width, width};
+  }
+};
+struct Right {
+  const float* wide;
+  ptrdiff_t row;
+  const bf16* packed;
+  int columns;
+  Right from(int term) const {  // a multiple of 32 where it is packed
+    return {wide + term * row, row, packed + term * columns, columns};
+  }
+};
 
-  // room for the largest product's operands: C, K or V lines each, and as many terms
-  static size_t floats(int C, int K, int V) {
-    int largest = C > K ? (C > V ? C : V) : (K > V ? K : V);
-    return packed_size(largest, largest + 16) + packed_size(16, 16);
+int in_tiles(int terms) { return (terms + 31) / 32 * 32; }
+
+// Products in fp32, or in bf16 where that is wanted and faster. What `room` was given to holds its
+// packed form as long as it is needed; for fp32 it is null.
+struct Products {
+  bool rounds;
+
+  Left left(int M, int K, Strided a, bf16* room) const {
+    if (rounds) pack_left(M, K, a, 1.f, room);
+    return {a, room, in_tiles(K)};
+  }
+
+  Right right(int K, int N, const float* b, bf16* room) const {
+    if (rounds) pack_right(N, K, b, N, room);
+    return {b, N, room, N};
+  }
+
+  // The right operand [K, N] that is `rows` [N, K] transposed.
+  Right turned(int K, int N, const float* rows, float* wide, bf16* room, bf16* between) const {
+    if (rounds) {
+      pack_left(N, K, {rows, K, 1}, 1.f, between);
+      pack_turned(N, K, between, room);
+    } else {
+      transpose(N, K, rows, K, wide, N);
+    }
+    return {wide, N, room, N};
   }
 
   template <Into into>
-  void run(int M, int N, int K, Strided a, const float* b, ptrdiff_t ldb, float* c, ptrdiff_t ldc,
+  void run(int M, int N, int K, Left a, Right b, float* c, ptrdiff_t ldc,
            const float* scale = nullptr) const {
-    if (room) gemm_bf16<into>(M, N, K, a, b, ldb, c, ldc, room, scale);
-    else gemm<into>(M, N, K, a, b, ldb, c, ldc, scale);
+    static_assert(into != Into::SUB, "tiles only add");
+    if (!rounds) return gemm<into>(M, N, K, a.wide, b.wide, b.row, c, ldc, scale);
+    if (into == Into::SCALE_ADD)
+      for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n += LANES)
+          store(c + m * ldc + n, load(c + m * ldc + n) * splat(scale[m]));
+    gemm_packed<into != Into::SET>(M, N, in_tiles(K), a.packed, a.width, b.packed, b.columns, c,
+                                   ldc);
   }
 };
 
 bool rounds_products(const Problem& p) { return p.v.is_bf16 && amx_granted(); }
 
-// to = x * y, row by row; `by` scales each row if given. All [rows, width].
+// to = sign * x * y, row by row; `by` scales each row if given. All [rows, width].
 void multiply(int rows, int width, const float* x, const float* y, float* to,
-              const float* by = nullptr) {
+              const float* by = nullptr, float sign = 1.f) {
   for (int i = 0; i < rows; i++) {
-    vec scale = splat(by ? by[i] : 1.f);
+    vec scale = splat(by ? sign * by[i] : sign);
     for (int j = 0; j < width; j += LANES)
       store(to + i * width + j, load(x + i * width + j) * load(y + i * width + j) * scale);
   }
@@ -131,34 +193,52 @@ struct Chunk {
   float *q, *k, *v, *beta, *decay;
   float *prefix, *suffix;  // of the level at hand; at the end, of the whole chunk
   float *right, *left, *turned, *fading;
+  bf16* rooms[5];  // for packed operands
+
+  // of a room: the largest product's operand has C, K or V lines and as many terms
+  static size_t room(int C, int K, int V) {
+    int largest = C > K ? (C > V ? C : V) : (K > V ? K : V);
+    return packed_size(in_tiles(largest), largest);
+  }
 
   static size_t floats(int C, int K, int V) {
     return size_t(C) * (6 * K + V + 1) + 4 * size_t(C) * K + size_t(BLOCK) * 2 * K +
-           Products::floats(C, K, V) + 16 * 20;
+           5 * room(C, K, V) / 2 + 16 * 24;
   }
 
-  Chunk(Scratch& s, int C_, int K_, int V_, bool rounds) : C(C_), K(K_), V(V_), stride(C_) {
-    if (rounds) products.room = reinterpret_cast<bf16*>(s.take(Products::floats(C, K, V)));
+  Chunk(Scratch& s, int C_, int K_, int V_, bool rounds)
+      : products{rounds}, C(C_), K(K_), V(V_), stride(C_) {
+    for (bf16*& one : rooms)
+      one = rounds ? reinterpret_cast<bf16*>(s.take(room(C, K, V) / 2)) : nullptr;
     q = s.take(C * K), k = s.take(C * K), v = s.take(C * V), beta = s.take(C);
     decay = s.take(C * K), prefix = s.take(C * K), suffix = s.take(C * K);
     right = s.take(C * K), left = s.take(C * K), turned = s.take(C * K);
     fading = s.take(2 * BLOCK * K);
   }
 
-  // Read n tokens from `t` on and fill up with tokens that change nothing.
-  void stage(const Problem& p, int64_t b, int64_t t, int64_t n, int64_t h, int64_t hv) {
+  // Read n tokens from `t` on and fill up with tokens that change nothing. `num_next` tokens from
+  // `next` on will be the next chunk.
+  void stage(const Problem& p, int64_t b, int64_t t, int64_t n, int64_t next, int64_t num_next,
+             int64_t h, int64_t hv) {
     C = rows_for(n);
-    memset(q, 0, sizeof(float) * C * K), memset(k, 0, sizeof(float) * C * K);
-    memset(v, 0, sizeof(float) * C * V), memset(beta, 0, sizeof(float) * C);
-    memset(decay, 0, sizeof(float) * C * K);
+    if (n < C || p.key_dim < K || p.value_dim < V) {
+      memset(q, 0, sizeof(float) * C * K), memset(k, 0, sizeof(float) * C * K);
+      memset(v, 0, sizeof(float) * C * V), memset(beta, 0, sizeof(float) * C);
+      memset(decay, 0, sizeof(float) * C * K);
+    }
     for (int64_t i = 0; i < n; i++) {
       read_row(p.q, b, t + i, h, p.key_dim, q + i * K);
       read_row(p.k, b, t + i, h, p.key_dim, k + i * K);
       read_row(p.v, b, t + i, hv, p.value_dim, v + i * V);
       read_row(p.log_decay, b, t + i, hv, p.key_dim, decay + i * K);
       read_row(p.beta, b, t + i, hv, 1, beta + i);
+      if (i < num_next) {
+        prefetch_row(p.q, b, next + i, h, p.key_dim), prefetch_row(p.k, b, next + i, h, p.key_dim);
+        prefetch_row(p.v, b, next + i, hv, p.value_dim);
+        prefetch_row(p.log_decay, b, next + i, hv, p.key_dim);
+      }
     }
-    for (int i = 0; i < C * K; i++) decay[i] = exp_fast(decay[i]);
+    for (int i = 0; i < C * K; i += LANES) store(decay + i, exp_lanes(load(decay + i)));
   }
 
   // Products from the chunk's start through each token, and from behind it to the chunk's end.
@@ -172,15 +252,15 @@ struct Chunk {
         suffix[i * K + j] = suffix[(i + 1) * K + j] * decay[(i + 1) * K + j];
   }
 
-  // The same within blocks of 16: the first level.
-  void block_products() {
-    for (int first = 0; first < C; first += BLOCK) {
+  // The same within blocks of `size` tokens: the first level.
+  void block_products(int size) {
+    for (int first = 0; first < C; first += size) {
       float *p = prefix + first * K, *s = suffix + first * K, *d = decay + first * K;
       memcpy(p, d, sizeof(float) * K);
-      for (int i = 1; i < BLOCK; i++)
+      for (int i = 1; i < size; i++)
         for (int j = 0; j < K; j++) p[i * K + j] = p[(i - 1) * K + j] * d[i * K + j];
-      for (int j = 0; j < K; j++) s[(BLOCK - 1) * K + j] = 1.f;
-      for (int i = BLOCK - 2; i >= 0; i--)
+      for (int j = 0; j < K; j++) s[(size - 1) * K + j] = 1.f;
+      for (int i = size - 2; i >= 0; i--)
         for (int j = 0; j < K; j++) s[i * K + j] = s[(i + 1) * K + j] * d[(i + 1) * K + j];
     }
   }
@@ -207,31 +287,104 @@ struct Chunk {
     multiply(half, K, k + first * K, suffix + first * K, left);
   }
 
+  // The same two sides packed on the way; beta k stands `below` rows below q.
+  void pack_halves(int first, int half, int below, bf16* readers, bf16* wrote) {
+    int at = (first + half) * K;
+    pack_product(half, K, q + at, prefix + at, nullptr, 1.f, readers);
+    pack_product(half, K, k + at, prefix + at, beta + first + half, 1.f,
+                 readers + below * in_tiles(K));
+    pack_product(half, K, k + first * K, suffix + first * K, nullptr, 1.f, wrote);
+  }
+
   // What row i reads of column j <= i with its query (q_on_k, zero above the diagonal), and with
   // beta times its key (system, j < i). On the diagonal blocks, system gets (I + L)^-1.
   // Leaves the whole chunk's products in prefix and suffix.
   void pairs(float* q_on_k, float* system) {
-    for (int first = 0; first < C; first += BLOCK) diagonal_block(first, q_on_k, system);
-    block_products();
+    memset(q_on_k, 0, sizeof(float) * C * stride);
+    if (products.rounds) {
+      for (int first = 0; first < C; first += NEAR) near_pairs(first, q_on_k, system);
+      block_products(NEAR);
+      for (int half = NEAR; half < BLOCK; half *= 2) {
+        for (int first = 0; first < C; first += BLOCK) pairs_in_block(first, half, q_on_k, system);
+        double_products(half);
+      }
+    } else {
+      for (int first = 0; first < C; first += BLOCK) diagonal_block(first, q_on_k, system);
+      block_products(BLOCK);
+    }
+    for (int first = 0; first < C; first += BLOCK)
+      invert_block(system + ptrdiff_t(first) * stride + first);
     for (int half = BLOCK; half < C; half *= 2) {
       for (int first = 0; first < C; first += 2 * half) {
-        scale_halves(first, half);
-        transpose(half, K, left, K, turned, half);
+        Left readers{{right, K, 1}, rooms[0], in_tiles(K)};
+        Right wrote{turned, half, rooms[1], half};
+        if (products.rounds) {
+          pack_halves(first, half, half, rooms[0], rooms[2]);
+          pack_turned(half, K, rooms[2], rooms[1]);
+        } else {
+          scale_halves(first, half);
+          transpose(half, K, left, K, turned, half);
+        }
         ptrdiff_t at = ptrdiff_t(first + half) * stride + first;
-        products.run<Into::SET>(half, half, K, {right, K, 1}, turned, half, q_on_k + at, stride);
-        products.run<Into::SET>(half, half, K, {right + half * K, K, 1}, turned, half, system + at,
-                        stride);
+        products.run<Into::SET>(half, half, K, readers, wrote, q_on_k + at, stride);
+        products.run<Into::SET>(half, half, K, readers.from(half), wrote, system + at, stride);
       }
       double_products(half);
     }
   }
 
-  void diagonal_block(int first, float* q_on_k, float* system) {
-    float L[BLOCK][BLOCK];
+  // All pairs of NEAR tokens in fp32.
+  void near_pairs(int first, float* q_on_k, float* L) {
+    vec by_q[NEAR][NEAR] = {}, by_k[NEAR][NEAR] = {};
+    for (int j = first * K; j < (first + 1) * K; j += LANES) {
+      vec wrote[NEAR];
+#pragma GCC unroll 4
+      for (int t = 0; t < NEAR; t++) {
+        const vec fade = load(decay + j + t * K), query = load(q + j + t * K);
+        wrote[t] = load(k + j + t * K);
+        by_q[t][t] += wrote[t] * query;
+#pragma GCC unroll 4
+        for (int s = 0; s < t; s++) {
+          wrote[s] *= fade;
+          by_q[t][s] += wrote[s] * query;
+          by_k[t][s] += wrote[s] * wrote[t];
+        }
+      }
+    }
+    for (int t = 0; t < NEAR; t++) {
+      ptrdiff_t at = ptrdiff_t(first + t) * stride + first;
+      for (int s = 0; s <= t; s++) q_on_k[at + s] = sum(by_q[t][s]);
+      for (int s = 0; s < t; s++) L[at + s] = sum(by_k[t][s]) * beta[first + t];
+    }
+  }
+
+  // A block's pairs across the cuts of one level, all in one product of 16 rows and columns; the
+  // pairs that belong to different cuts are left out.
+  void pairs_in_block(int first, int half, float* q_on_k, float* L) {
+    alignas(64) float reads[BLOCK * BLOCK];
+    const int width = in_tiles(K), cuts = BLOCK / 2 / half;
+    for (int cut = 0; cut < cuts; cut++)
+      pack_halves(first + 2 * half * cut, half, BLOCK / 2, rooms[0] + half * cut * width,
+                  rooms[2] + half * cut * width);
+    pack_turned(BLOCK, K, rooms[2], rooms[1]);
+    gemm_packed<false>(BLOCK, BLOCK, width, rooms[0], width, rooms[1], BLOCK, reads, BLOCK);
+    for (int r = 0; r < BLOCK / 2; r++) {
+      const int column = r / half * half;  // of the product
+      const int left = first + 2 * column, row = left + half + r % half;
+      const ptrdiff_t at = ptrdiff_t(row) * stride + left;
+      const float *by_q = reads + r * BLOCK + column, *by_k = by_q + BLOCK / 2 * BLOCK;
+      for (int j = 0; j < half; j += NEAR) {
+        memcpy(q_on_k + at + j, by_q + j, sizeof(float) * NEAR);
+        memcpy(L + at + j, by_k + j, sizeof(float) * NEAR);
+      }
+    }
+  }
+
+  void diagonal_block(int first, float* q_on_k, float* L) {
     for (int t = 0; t < BLOCK; t++) {
       const float *q_t = q + (first + t) * K, *k_t = k + (first + t) * K;
       const float* decay_t = decay + (first + t) * K;
-      float* reads = q_on_k + ptrdiff_t(first + t) * stride + first;
+      const ptrdiff_t at = ptrdiff_t(first + t) * stride + first;
       for (int s = 0; s < t; s++) {
         float* wrote = fading + s * K;
         vec by_q = {}, by_k = {};
@@ -241,23 +394,26 @@ struct Chunk {
           by_q += left * load(q_t + j);
           by_k += left * load(k_t + j);
         }
-        reads[s] = sum(by_q);
-        L[t][s] = sum(by_k) * beta[first + t];
+        q_on_k[at + s] = sum(by_q);
+        L[at + s] = sum(by_k) * beta[first + t];
       }
       vec by_q = {};
       for (int j = 0; j < K; j += LANES) {
         store(fading + t * K + j, load(k_t + j));
         by_q += load(k_t + j) * load(q_t + j);
       }
-      reads[t] = sum(by_q);
-      for (int s = t + 1; s < BLOCK; s++) reads[s] = 0.f;
+      q_on_k[at + t] = sum(by_q);
     }
+  }
+
+  // A block of L, below the diagonal, becomes (I + L)^-1.
+  void invert_block(float* L) {
     float inverse[BLOCK][BLOCK] = {};
     for (int t = 0; t < BLOCK; t++) {
       for (int s = 0; s < t; s++)
-        for (int j = 0; j < BLOCK; j++) inverse[t][j] -= L[t][s] * inverse[s][j];
+        for (int j = 0; j < BLOCK; j++) inverse[t][j] -= L[t * stride + s] * inverse[s][j];
       inverse[t][t] = 1.f;
-      memcpy(system + ptrdiff_t(first + t) * stride + first, inverse[t], sizeof inverse[t]);
+      memcpy(L + ptrdiff_t(t) * stride, inverse[t], sizeof inverse[t]);
     }
   }
 
@@ -290,26 +446,45 @@ struct Chunk {
                       float* column_k) {
     for (int first = 0; first < C; first += BLOCK)
       diagonal_backward(first, d_q_on_k, d_L, row_q, row_k, column_k);
-    block_products();
+    block_products(BLOCK);
     for (int half = BLOCK; half < C; half *= 2) {
       for (int first = 0; first < C; first += 2 * half) {
         scale_halves(first, half);
+        const Right wrote = products.right(half, K, left, rooms[0]);
+        const Right q_read = products.right(half, K, right, rooms[1]);
+        const Right k_read = products.right(half, K, right + half * K, rooms[2]);
+        const auto worth = [&](const float* d, bool is_turned) {
+          const Strided pairs{d, is_turned ? 1 : stride, is_turned ? stride : 1};
+          return products.left(half, half, pairs, rooms[3]);
+        };
         ptrdiff_t at = ptrdiff_t(first + half) * stride + first;
         int rows = (first + half) * K, columns = first * K;
-        products.run<Into::SET>(half, K, half, {d_q_on_k + at, stride, 1}, left, K, turned, K);
+        products.run<Into::SET>(half, K, half, worth(d_q_on_k + at, false), wrote, turned, K);
         add_scaled(half, turned, prefix + rows, row_q + rows);
-        products.run<Into::SET>(half, K, half, {d_L + at, stride, 1}, left, K, turned, K);
+        products.run<Into::SET>(half, K, half, worth(d_L + at, false), wrote, turned, K);
         add_scaled(half, turned, prefix + rows, row_k + rows);
-        products.run<Into::SET>(half, K, half, {d_q_on_k + at, 1, stride}, right, K, turned, K);
-        products.run<Into::ADD>(half, K, half, {d_L + at, 1, stride}, right + half * K, K, turned, K);
+        products.run<Into::SET>(half, K, half, worth(d_q_on_k + at, true), q_read, turned, K);
+        products.run<Into::ADD>(half, K, half, worth(d_L + at, true), k_read, turned, K);
         add_scaled(half, turned, suffix + columns, column_k + columns);
       }
       double_products(half);
     }
   }
 
+  // Rows x * y (times sign, and by row), as a product's left operand.
+  Left scaled(const float* x, const float* y, const float* by, float sign, float* wide,
+              bf16* room) const {
+    if (products.rounds) pack_product(C, K, x, y, by, sign, room);
+    else multiply(C, K, x, y, wide, by, sign);
+    return {{wide, K, 1}, room, in_tiles(K)};
+  }
+
+  // Rows that a product of a triangle takes at once: tiles come in pairs.
+  int step() const { return products.rounds && C > BLOCK ? 2 * BLOCK : BLOCK; }
+
   void add_scaled(int rows, const float* x, const float* by, float* to) {
-    for (int i = 0; i < rows * K; i += LANES) store(to + i, load(to + i) + load(x + i) * load(by + i));
+    for (int i = 0; i < rows * K; i += LANES)
+      store(to + i, load(to + i) + load(x + i) * load(by + i));
   }
 
   void diagonal_backward(int first, const float* d_q_on_k, const float* d_L, float* row_q,
@@ -372,23 +547,31 @@ void read_memory(const float* from, int64_t rows, int64_t columns, int width, in
   for (int64_t i = 0; i < rows; i++) memcpy(to + i * width, from + i * columns, columns * 4);
 }
 
-void forward_head(const Problem& p, int64_t n, int64_t hv, Scratch scratch) {
+struct Heads {  // value heads of one task, which walks its chunks with all of them
+  int64_t first, end;
+};
+
+void forward_heads(const Problem& p, int64_t n, Heads heads, Scratch scratch) {
   const int K = padded(p.key_dim), V = padded(p.value_dim), stride = int(p.chunk);
   const bool rounds = rounds_products(p);
   const Tiles tiles(rounds);
   Chunk c(scratch, stride, K, V, rounds);
   const Products& products = c.products;
-  float* M = scratch.take(size_t(K) * V);
+  float* memories = scratch.take(size_t(heads.end - heads.first) * K * V);
   float* own_delta = scratch.take(size_t(stride) * V);
   float* out = scratch.take(size_t(stride) * V);
   float* own_q_on_k = scratch.take(size_t(stride) * stride);
   float* own_system = scratch.take(size_t(stride) * stride);
   float* scaled = scratch.take(size_t(stride) * K);
-  const int64_t h = hv / (p.value_heads / p.heads), b = p.batch_of[n];
-  const int64_t size = p.key_dim * p.value_dim, at = n * p.value_heads + hv;
-  read_memory(p.memory + at * size, p.key_dim, p.value_dim, V, K, M);
+  const int64_t group = p.value_heads / p.heads, b = p.batch_of[n];
+  const int64_t size = p.key_dim * p.value_dim, at = n * p.value_heads;
+  const auto memory_of = [&](int64_t hv) { return memories + (hv - heads.first) * K * V; };
+  for (int64_t hv = heads.first; hv < heads.end; hv++)
+    read_memory(p.memory + (at + hv) * size, p.key_dim, p.value_dim, V, K, memory_of(hv));
 
-  for (int64_t done = 0, i = p.first_chunk[n]; done < p.length[n]; done += p.chunk, i++) {
+  const auto walk = [&](int64_t done, int64_t hv) {
+    const int64_t i = p.first_chunk[n] + done / p.chunk, h = hv / group;
+    float* M = memory_of(hv);
     int64_t tokens = p.length[n] - done < p.chunk ? p.length[n] - done : p.chunk;
     int64_t t = p.start[n] + done;
     float *delta = own_delta, *q_on_k = own_q_on_k, *system = own_system;
@@ -397,39 +580,50 @@ void forward_head(const Problem& p, int64_t n, int64_t hv, Scratch scratch) {
       delta = saved.delta, q_on_k = saved.q_on_k, system = saved.system;
       memcpy(saved.start, M, sizeof(float) * K * V);
     }
-    c.stage(p, b, t, tokens, h, hv);
+    const int64_t to_come = p.length[n] - done - tokens;
+    c.stage(p, b, t, tokens, t + tokens, to_come < p.chunk ? to_come : p.chunk, h, hv);
     c.pairs(q_on_k, system);
     const int C = c.C;
+    const Right start = products.right(K, V, M, c.rooms[0]);
 
     for (int row = 0; row < C; row++)
       for (int j = 0; j < V; j += LANES)
         store(delta + row * V + j, load(c.v + row * V + j) * splat(c.beta[row]));
-    multiply(C, K, c.k, c.prefix, scaled, c.beta);
-    products.run<Into::SUB>(C, V, K, {scaled, K, 1}, M, V, delta, V);
+    const Left recalls = c.scaled(c.k, c.prefix, c.beta, -1.f, scaled, c.rooms[1]);
+    products.run<Into::ADD>(C, V, K, recalls, start, delta, V);
     c.solve(system, delta);
 
-    multiply(C, K, c.q, c.prefix, scaled);
-    products.run<Into::SET>(C, V, K, {scaled, K, 1}, M, V, out, V);
-    for (int first = 0; first < C; first += BLOCK)
-      products.run<Into::ADD>(BLOCK, V, first + BLOCK, {q_on_k + ptrdiff_t(first) * stride, stride, 1},
-                      delta, V, out + first * V, V);
+    const Left asks = c.scaled(c.q, c.prefix, nullptr, 1.f, scaled, c.rooms[1]);
+    products.run<Into::SET>(C, V, K, asks, start, out, V);
+    const Right written = products.right(C, V, delta, c.rooms[2]);
+    const Left reads = products.left(C, C, {q_on_k, stride, 1}, c.rooms[1]);
+    for (int first = 0; first < C; first += c.step())
+      products.run<Into::ADD>(c.step(), V, first + c.step(), reads.from(first), written,
+                              out + first * V, V);
     for (int64_t row = 0; row < tokens; row++)
       write_row(p.out, b, t + row, hv, p.value_dim, out + row * V);
 
     multiply(C, K, c.k, c.suffix, scaled);
-    products.run<Into::SCALE_ADD>(K, V, C, {scaled, 1, K}, delta, V, M, V, c.prefix + (C - 1) * K);
-  }
-  for (int64_t row = 0; row < p.key_dim; row++)
-    memcpy(p.final_memory + at * size + row * p.value_dim, M + row * V, p.value_dim * 4);
+    products.run<Into::SCALE_ADD>(K, V, C, products.left(K, C, {scaled, 1, K}, c.rooms[1]), written,
+                                  M, V, c.prefix + (C - 1) * K);
+  };
+  // Neighbouring heads' rows lie on the same pages of memory.
+  for (int64_t done = 0; done < p.length[n]; done += p.chunk)
+    for (int64_t hv = heads.first; hv < heads.end; hv++) walk(done, hv);
+  for (int64_t hv = heads.first; hv < heads.end; hv++)
+    for (int64_t row = 0; row < p.key_dim; row++)
+      memcpy(p.final_memory + (at + hv) * size + row * p.value_dim, memory_of(hv) + row * V,
+             p.value_dim * 4);
 }
 
-void backward_head(const Problem& p, const Gradients& d, int64_t n, int64_t hv, Scratch scratch) {
+void backward_heads(const Problem& p, const Gradients& d, int64_t n, Heads heads,
+                    Scratch scratch) {
   const int K = padded(p.key_dim), V = padded(p.value_dim), stride = int(p.chunk);
   const bool rounds = rounds_products(p);
   const Tiles tiles(rounds);
   Chunk c(scratch, stride, K, V, rounds);
   const Products& products = c.products;
-  float* dM = scratch.take(size_t(K) * V);
+  float* memories = scratch.take(size_t(heads.end - heads.first) * K * V);  // their gradients
   float* turned = scratch.take(size_t(K) * V);
   float* d_out = scratch.take(size_t(stride) * V);
   float* residual = scratch.take(size_t(stride) * V);  // its gradient
@@ -443,51 +637,61 @@ void backward_head(const Problem& p, const Gradients& d, int64_t n, int64_t hv, 
   float* d_G = scratch.take(size_t(stride) * K);
   float* d_v = scratch.take(V);
   float* d_chunk = scratch.take(K);
-  const int64_t group = p.value_heads / p.heads, h = hv / group, b = p.batch_of[n];
-  const int64_t size = p.key_dim * p.value_dim, at = n * p.value_heads + hv;
-  read_memory(d.final_memory + at * size, p.key_dim, p.value_dim, V, K, dM);
+  const int64_t group = p.value_heads / p.heads, b = p.batch_of[n];
+  const int64_t size = p.key_dim * p.value_dim, at = n * p.value_heads;
+  const auto memory_of = [&](int64_t hv) { return memories + (hv - heads.first) * K * V; };
+  for (int64_t hv = heads.first; hv < heads.end; hv++)
+    read_memory(d.final_memory + (at + hv) * size, p.key_dim, p.value_dim, V, K, memory_of(hv));
 
-  const int64_t chunks = (p.length[n] + p.chunk - 1) / p.chunk;
-  for (int64_t i = chunks - 1; i >= 0; i--) {
+  const auto walk = [&](int64_t i, int64_t hv) {
+    const int64_t h = hv / group;
+    float* dM = memory_of(hv);
     Saved saved(p, p.first_chunk[n] + i, hv);
     int64_t done = i * p.chunk, t = p.start[n] + done;
     int64_t tokens = p.length[n] - done < p.chunk ? p.length[n] - done : p.chunk;
-    c.stage(p, b, t, tokens, h, hv);
+    c.stage(p, b, t, tokens, t - p.chunk, i ? p.chunk : 0, h, hv);
     c.whole_products();
     const int C = c.C;
     memset(d_out, 0, sizeof(float) * C * V);
-    for (int64_t row = 0; row < tokens; row++)
+    for (int64_t row = 0; row < tokens; row++) {
       read_row(d.out, b, t + row, hv, p.value_dim, d_out + row * V);
+      if (i) prefetch_row(d.out, b, t - p.chunk + row, hv, p.value_dim);
+    }
 
     // What each delta is worth, then each residual (beta v - beta k M).
-    for (int first = 0; first < C; first += BLOCK)
-      products.run<Into::SET>(BLOCK, V, C - first,
-                      {saved.q_on_k + ptrdiff_t(first) * stride + first, 1, stride},
-                      d_out + first * V, V, residual + first * V, V);
-    multiply(C, K, c.k, c.suffix, scaled);
-    products.run<Into::ADD>(C, V, K, {scaled, K, 1}, dM, V, residual, V);
+    const Right out_right = products.right(C, V, d_out, c.rooms[0]);
+    for (int first = 0; first < C; first += c.step()) {
+      const Strided readers{saved.q_on_k + ptrdiff_t(first) * stride + first, 1, stride};
+      products.run<Into::SET>(c.step(), V, C - first,
+                              products.left(c.step(), C - first, readers, c.rooms[1]),
+                              out_right.from(first), residual + first * V, V);
+    }
+    products.run<Into::ADD>(C, V, K, c.scaled(c.k, c.suffix, nullptr, 1.f, scaled, c.rooms[1]),
+                            products.right(K, V, dM, c.rooms[2]), residual, V);
     c.solve_transposed(saved.system, residual);
 
     // Through the pairs' two matrices.
-    transpose(C, V, saved.delta, V, delta_turned, C);
-    for (int first = 0; first < C; first += BLOCK) {
+    const Left out_left = products.left(C, V, {d_out, V, 1}, c.rooms[1]);
+    const Left residual_left = products.left(C, V, {residual, V, 1}, c.rooms[2]);
+    const Right written = products.turned(V, C, saved.delta, delta_turned, c.rooms[3], c.rooms[4]);
+    for (int first = 0; first < C; first += c.step()) {
       float* rows_q = d_q_on_k + ptrdiff_t(first) * stride;
       float* rows_L = d_L + ptrdiff_t(first) * stride;
-      products.run<Into::SET>(BLOCK, first + BLOCK, V, {d_out + first * V, V, 1}, delta_turned, C, rows_q,
-                      stride);
-      products.run<Into::SET>(BLOCK, first + BLOCK, V, {residual + first * V, V, 1}, delta_turned, C,
-                      rows_L, stride);
-      for (int row = 0; row < BLOCK; row++)
-        for (int j = 0; j < first + BLOCK; j++)
+      const int rows = c.step(), columns = first + rows;
+      products.run<Into::SET>(rows, columns, V, out_left.from(first), written, rows_q, stride);
+      products.run<Into::SET>(rows, columns, V, residual_left.from(first), written, rows_L, stride);
+      for (int row = 0; row < rows; row++)
+        for (int j = 0; j < columns; j++)
           rows_L[row * stride + j] = j < first + row ? -rows_L[row * stride + j] : 0.f;
     }
 
     // Through the memory at the chunk's start and the one at its end.
-    transpose(K, V, saved.start, V, turned, K);
-    products.run<Into::SET>(C, K, V, {d_out, V, 1}, turned, K, d_q, K);
-    products.run<Into::SET>(C, K, V, {residual, V, 1}, turned, K, reads, K);
-    transpose(K, V, dM, V, turned, K);
-    products.run<Into::SET>(C, K, V, {saved.delta, V, 1}, turned, K, writes, K);
+    const Right start = products.turned(V, K, saved.start, turned, c.rooms[3], c.rooms[4]);
+    products.run<Into::SET>(C, K, V, out_left, start, d_q, K);
+    products.run<Into::SET>(C, K, V, residual_left, start, reads, K);
+    const Right end = products.turned(V, K, dM, turned, c.rooms[3], c.rooms[4]);
+    const Left written_left = products.left(C, V, {saved.delta, V, 1}, c.rooms[1]);
+    products.run<Into::SET>(C, K, V, written_left, end, writes, K);
     const float* chunk_decay = c.prefix + (C - 1) * K;
     for (int row = 0; row < K; row++) {
       vec total = {};
@@ -496,9 +700,11 @@ void backward_head(const Problem& p, const Gradients& d, int64_t n, int64_t hv, 
       d_chunk[row] = sum(total) * chunk_decay[row];
     }
     multiply(C, K, c.q, c.prefix, scaled);
-    products.run<Into::SCALE_ADD>(K, V, C, {scaled, 1, K}, d_out, V, dM, V, chunk_decay);
-    multiply(C, K, c.k, c.prefix, scaled, c.beta);
-    products.run<Into::SUB>(K, V, C, {scaled, 1, K}, residual, V, dM, V);
+    products.run<Into::SCALE_ADD>(K, V, C, products.left(K, C, {scaled, 1, K}, c.rooms[1]),
+                                  out_right, dM, V, chunk_decay);
+    multiply(C, K, c.k, c.prefix, scaled, c.beta, -1.f);
+    products.run<Into::ADD>(K, V, C, products.left(K, C, {scaled, 1, K}, c.rooms[1]),
+                            products.right(C, V, residual, c.rooms[2]), dM, V);
     for (int row = 0; row < C; row++)
       for (int j = 0; j < K; j += LANES) {
         int e = row * K + j;
@@ -542,9 +748,14 @@ void backward_head(const Problem& p, const Gradients& d, int64_t n, int64_t hv, 
       for (int j = 0; j < K; j++) d_G[row * K + j] = fade[j] == 0.f ? 0.f : d_chunk[j];
       if (row < tokens) write_row(d.log_decay, b, t + row, hv, p.key_dim, d_G + row * K);
     }
-  }
-  for (int64_t row = 0; row < p.key_dim; row++)
-    memcpy(d.memory + at * size + row * p.value_dim, dM + row * V, p.value_dim * 4);
+  };
+  const int64_t chunks = (p.length[n] + p.chunk - 1) / p.chunk;
+  for (int64_t i = chunks - 1; i >= 0; i--)
+    for (int64_t hv = heads.first; hv < heads.end; hv++) walk(i, hv);
+  for (int64_t hv = heads.first; hv < heads.end; hv++)
+    for (int64_t row = 0; row < p.key_dim; row++)
+      memcpy(d.memory + (at + hv) * size + row * p.value_dim, memory_of(hv) + row * V,
+             p.value_dim * 4);
 }
 
 // One token of one head: to = diag(decay) from + k (beta (v - k^T diag(decay) from))^T. The memory
@@ -616,23 +827,33 @@ void recurrent_head(const Problem& p, int64_t n, int64_t hv) {
   }
 }
 
-// Runs `work(sequence, head)` for all query/key heads of all sequences, the longest first.
+// Query/key heads of one task: some, where that leaves every thread two tasks.
+int64_t heads_at_once(const Problem& p) {
+  int64_t heads = 4;
+  while (heads > 1 && p.sequences * p.heads < 2 * heads * p.num_threads) heads /= 2;
+  return heads;
+}
+
+// Runs `work(sequence, heads)` for all heads of all sequences, the longest first.
 template <class Work>
-void each_head(const Problem& p, const int64_t* order, Work work) {
-  const int64_t tasks = p.sequences * p.heads;
+void each_task(const Problem& p, const int64_t* order, Work work) {
+  const int64_t some = heads_at_once(p), parts = (p.heads + some - 1) / some;
+  const int64_t tasks = p.sequences * parts, group = p.value_heads / p.heads;
 #pragma omp parallel for schedule(dynamic) num_threads(p.num_threads) if (tasks > 1)
-  for (int64_t task = 0; task < tasks; task++) work(order[task / p.heads], task % p.heads);
+  for (int64_t task = 0; task < tasks; task++) {
+    const int64_t first = task % parts * some;
+    const int64_t end = first + some < p.heads ? first + some : p.heads;
+    work(order[task / parts], Heads{first * group, end * group});
+  }
 }
 
 }  // namespace
 
 EXPORT void kda_forward(const Problem* p, const int64_t* order) {
   const size_t K = padded(p->key_dim), V = padded(p->value_dim), C = p->chunk;
-  const size_t floats = Chunk::floats(C, K, V) + K * V + C * (2 * V + 2 * C + K) + 16 * 32;
-  const int64_t group = p->value_heads / p->heads;
-  each_head(*p, order, [&](int64_t n, int64_t h) {
-    for (int64_t hv = h * group; hv < (h + 1) * group; hv++)
-      forward_head(*p, n, hv, Scratch(floats));
+  const size_t floats = Chunk::floats(C, K, V) + C * (2 * V + 2 * C + K) + 16 * 32;
+  each_task(*p, order, [&](int64_t n, Heads heads) {
+    forward_heads(*p, n, heads, Scratch(floats + (heads.end - heads.first) * K * V));
   });
 }
 
@@ -648,10 +869,8 @@ EXPORT void kda_recurrent(const Problem* p, const int64_t*) {
 EXPORT void kda_backward(const Problem* p, const Gradients* d, const int64_t* order) {
   const size_t K = padded(p->key_dim), V = padded(p->value_dim), C = p->chunk;
   const size_t floats =
-      Chunk::floats(C, K, V) + 2 * K * V + C * (3 * V + 2 * C + 5 * K) + V + K + 16 * 32;
-  const int64_t group = p->value_heads / p->heads;
-  each_head(*p, order, [&](int64_t n, int64_t h) {
-    for (int64_t hv = h * group; hv < (h + 1) * group; hv++)
-      backward_head(*p, *d, n, hv, Scratch(floats));
+      Chunk::floats(C, K, V) + K * V + C * (3 * V + 2 * C + 5 * K) + V + K + 16 * 32;
+  each_task(*p, order, [&](int64_t n, Heads heads) {
+    backward_heads(*p, *d, n, heads, Scratch(floats + (heads.end - heads.first) * K * V));
   });
 }

@@ -62,11 +62,6 @@ void to_rows(const float* block, ptrdiff_t row, bf16* to, ptrdiff_t to_row) {
                                                      (__m512)load(block + i * row)));
 }
 
-vec load_wide(const bf16* p) {
-  __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return (vec)_mm512_slli_epi32(bits, 16);
-}
-
 // The same as 16 pairs of rows, each 32 pairs wide: a right operand's columns.
 void to_pairs(const float* block, ptrdiff_t row, bf16* to) {
   for (int i = 0; i < TILE; i += 2)

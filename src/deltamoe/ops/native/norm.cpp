@@ -27,13 +27,17 @@ struct Shape {
 
 template <class T>
 void fetch_row(const T* from, int64_t size, int64_t padded, float* to) {
-  for (int64_t i = 0; i < size; i++) to[i] = to_float(from[i]);
-  for (int64_t i = size; i < padded; i++) to[i] = 0.f;
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) store(to + i, load_wide(from + i));
+  for (; i < size; i++) to[i] = to_float(from[i]);
+  for (; i < padded; i++) to[i] = 0.f;
 }
 
 template <class T>
 void store_row(const float* from, int64_t size, T* to) {
-  for (int64_t i = 0; i < size; i++) to[i] = from_float<T>(from[i]);
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) store_narrow(to + i, load(from + i));
+  for (; i < size; i++) to[i] = from_float<T>(from[i]);
 }
 
 int64_t padded_size(const Shape& shape) { return (shape.size + LANES - 1) / LANES * LANES; }

@@ -22,6 +22,7 @@ template <int HIGH, int WIDE>  // C's block in tiles
 static inline void amx_block(const Stretch* stretches, int64_t count, ptrdiff_t ldb, int64_t m,
                              int64_t n, float* c, ptrdiff_t ldc, bool adds) {
   const ptrdiff_t row = ldc * sizeof(float);
+  before_tile_loads();
   if (adds) {
     _tile_loadd(0, c, row);
     if constexpr (WIDE > 1) _tile_loadd(1, c + 16, row);

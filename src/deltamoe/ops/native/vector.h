@@ -119,6 +119,31 @@ inline bf16 from_float<bf16>(float x) {  // to nearest, ties to even; a NaN stay
   return {uint16_t(x == x ? rounded : 0x7fc0)};
 }
 
+// LANES numbers to and from memory, whatever their type there.
+static inline vec load_wide(const float* p) { return load(p); }
+static inline vec load_wide(const bf16* p) {
+#if defined(__AVX512F__)
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#else
+  typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+  return (vec)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), ivec) << 16);
+#endif
+}
+static inline void store_narrow(float* p, vec x) { store(p, x); }
+static inline void store_narrow(bf16* p, vec x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+  for (int i = 0; i < LANES; i++) p[i] = from_float<bf16>(x[i]);
+#endif
+}
+
+// Rows that are needed in a moment and lie too far apart for the processor to foresee.
+static inline void prefetch(const void* p, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+}
+
 // e^x to 2 ulp: 0 below -87.3 (no subnormal results), inf above 88.7, NaN stays NaN.
 static inline float exp_fast(float x) {
   // Not further down: a subnormal on the way costs as much as ten of these.
