@@ -133,6 +133,23 @@ def test_the_order_of_the_experts_changes_no_bit() -> None:
     assert torch.equal(back, expected)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_many_rows_of_an_expert_meet_its_weights_unpacked(bits: int) -> None:
+    experts = Experts(24, tiny_config().moe)
+    for weight in experts.parameters():
+        nn.init.normal_(weight, std=0.2)
+    layer = QuantizedExperts.of(experts, bits)
+    up, gate, down = (
+        dequantize(matrix.quantized, torch.float64)[1]
+        for matrix in (layer.w_up, layer.w_gate, layer.w_down)
+    )
+    x = torch.randn(200, 24)
+    wide = x.double()
+    expected = (nn.functional.silu(wide @ gate.T) * (wide @ up.T)) @ down.T
+    # fp32 sums of 24 products of order one; rounding x to 8 bits would miss by 1e-2
+    torch.testing.assert_close(layer.answer(1, x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def quantized_matrices(model: nn.Module) -> list[QuantizedMatrix]:
     return [m for m in model.modules() if isinstance(m, QuantizedMatrix)]
 

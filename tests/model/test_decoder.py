@@ -11,7 +11,16 @@ from torch import Tensor
 
 from deltamoe.config.model import ModelConfig
 from deltamoe.inference import generate
-from deltamoe.model import Decoder, HybridLM, ModelState, decoder, token_reader
+from deltamoe.model import (
+    Decoder,
+    HybridLM,
+    KdaState,
+    MlaState,
+    ModelState,
+    PooledState,
+    decoder,
+    token_reader,
+)
 from deltamoe.model.description import UnsupportedError
 from deltamoe.model.quantized import quantize_model
 from deltamoe.ops import native
@@ -124,7 +133,8 @@ def test_bf16() -> None:
     config = replace(BASE, moe=replace(MOE, experts_per_token=5))  # no choice to tip over
     model = built(config, torch.bfloat16)
     wide = built(config, torch.bfloat16).float()
-    assert distance(model, Decoder(model), rows=3, steps=12, peer=wide) < 2e-2
+    # the worst of some ten thousand numbers: 0.010 to 0.030 over 17 draws of tokens and weights
+    assert distance(model, Decoder(model), rows=3, steps=12, peer=wide) < 5e-2
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -139,10 +149,17 @@ def test_quantised(name: str, bits: int) -> None:
     assert distance(model, Decoder(model), rows=3, steps=8) < 5e-2
 
 
-def test_threads_and_neighbours_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["f32", "bf16", "8 bits", "4 bits"])
+@pytest.mark.parametrize("name", ["as it is", "query bottleneck", "wider"])
+def test_threads_and_neighbours_change_no_bit(
+    name: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(decoder, "_BYTES_PER_THREAD", 1)
-    model = built(BASE)
-    reader, ids = Decoder(model), torch.randint(257, (40, 6))
+    model = built(VARIANTS[name], torch.float32 if precision == "f32" else torch.bfloat16)
+    if precision.endswith("bits"):
+        quantize_model(model, int(precision[0]))  # type: ignore[arg-type]
+    # 15 rows: three passes over a tile, and enough for the threads to share what is small
+    reader, ids = Decoder(model), torch.randint(257, (20, 15))
     before = torch.get_num_threads()
     found: list[Tensor] = []
     try:
@@ -160,6 +177,181 @@ def test_threads_and_neighbours_change_no_bit(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[0][2:3], alone)
+
+
+def pool_for(
+    model: HybridLM, *, num_slots: int, num_pages: int, page_tokens: int, filled_with: float
+) -> PooledState:
+    """Slots and pages, of which a layer has every third, as where several layers share memory."""
+
+    def room(count: int, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.full((count, 3, *shape), filled_with, dtype=dtype)[:, 1]
+
+    def layer(one: KdaState | MlaState) -> KdaState | MlaState:
+        if isinstance(one, KdaState):
+            conv, memory = (room(num_slots, *part.shape[1:], dtype=part.dtype) for part in one)
+            return KdaState(conv, memory)
+        latent, rope_key = (
+            room(num_pages, page_tokens, part.shape[2], dtype=part.dtype) for part in one
+        )
+        return MlaState(latent, rope_key)
+
+    return PooledState(tuple(map(layer, model.initial_state(1).layers)))
+
+
+class Residents:
+    """Texts in a pool: each takes a slot and, as it grows, pages that are free, in no order."""
+
+    def __init__(self, model: HybridLM, page_tokens: int) -> None:
+        num_slots, num_pages = 7, 6 * (40 // page_tokens + 1)
+        # what others left behind: it must be neither read nor needed
+        self.pool = pool_for(
+            model,
+            num_slots=num_slots,
+            num_pages=num_pages,
+            page_tokens=page_tokens,
+            filled_with=torch.nan,
+        )
+        self.page_tokens = page_tokens
+        self.free_slots = torch.randperm(num_slots).tolist()
+        self.free_pages = torch.randperm(num_pages).tolist()
+        self.texts: dict[str, tuple[int, list[int], int]] = {}  # slot, pages, length
+
+    def join(self, name: str) -> None:
+        slot = self.free_slots.pop()
+        for layer in self.pool.layers:
+            if isinstance(layer, KdaState):
+                for part in layer:
+                    part[slot] = 0
+        self.texts[name] = (slot, [], 0)
+
+    def leave(self, name: str) -> None:
+        slot, pages, _ = self.texts.pop(name)
+        self.free_slots.insert(0, slot)
+        self.free_pages[:0] = pages
+
+    def step(self, reader: Decoder, ids: dict[str, int]) -> dict[str, Tensor]:
+        for name in ids:
+            slot, pages, length = self.texts[name]
+            if length == len(pages) * self.page_tokens:
+                pages.append(self.free_pages.pop())
+        rows = [self.texts[name] for name in ids]
+        table = torch.full((len(rows), 1 + max(len(pages) for _, pages, _ in rows)), -1)
+        for row, (_, pages, _) in enumerate(rows):
+            table[row, : len(pages)] = torch.tensor(pages)
+        logits = reader.step_in_pool(
+            torch.tensor(list(ids.values())),
+            torch.tensor([length for _, _, length in rows]),
+            self.pool,
+            torch.tensor([slot for slot, _, _ in rows]),
+            table,
+        )
+        for name, (slot, pages, length) in zip(ids, rows, strict=True):
+            self.texts[name] = (slot, pages, length + 1)
+        return dict(zip(ids, logits, strict=True))
+
+
+@pytest.mark.parametrize("page_tokens", [1, 3, 64])
+@pytest.mark.parametrize(
+    "name", ["as it is", "no convolution", "whole vectors", "rotated keys", "all KDA", "all MLA"]
+)
+def test_in_a_pool_as_alone(name: str, page_tokens: int) -> None:
+    """Texts join, leave and pause, whatever their neighbours: each reads as if it were alone."""
+    model = built(VARIANTS[name])
+    reader, residents = Decoder(model), Residents(model, page_tokens)
+    states: dict[str, ModelState | None] = {}
+    for at in range(40):
+        joined = {0: "a", 3: "b", 4: "c", 20: "d", 21: "e"}.get(at)
+        left = {15: "b", 18: "a"}.get(at)
+        if joined:
+            residents.join(joined)
+            states[joined] = None
+        if left:
+            residents.leave(left)
+            del states[left]
+        there = [sorted(states)[i] for i in torch.randperm(len(states))[: 1 + at % 4]]
+        ids = {text: int(torch.randint(257, ())) for text in there}
+        got = residents.step(reader, ids)
+        for text, id_ in ids.items():
+            wanted, states[text] = reader.step(torch.tensor([id_]), states[text])
+            assert torch.equal(got[text], wanted[0])
+    for text, state in states.items():
+        slot, _, length = residents.texts[text]
+        assert state is not None
+        assert state.lengths.tolist() == [length]
+        for layer, pooled in zip(state.layers, residents.pool.layers, strict=True):
+            if isinstance(layer, KdaState):
+                for part, room in zip(layer, pooled, strict=True):
+                    assert torch.equal(part[0], room[slot])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "8 bits", "4 bits"])
+def test_in_a_pool_at_other_precisions(precision: str) -> None:
+    model = built(BASE, torch.bfloat16)
+    if precision != "bf16":
+        quantize_model(model, int(precision[0]))  # type: ignore[arg-type]
+    reader, residents = Decoder(model), Residents(model, page_tokens=3)
+    state, logits = None, torch.empty(0)
+    for name in "ab":
+        residents.join(name)
+    for ids in torch.randint(257, (20, 2)):
+        logits, state = reader.step(ids, state)
+        got = residents.step(reader, dict(zip("ba", ids.tolist(), strict=True)))
+        assert torch.equal(logits, torch.stack([got["b"], got["a"]]))
+
+
+def test_a_pool_is_refused_where_it_does_not_fit() -> None:
+    model = built(BASE)
+    reader = Decoder(model)
+    pool = pool_for(model, num_slots=3, num_pages=4, page_tokens=2, filled_with=0.0)
+
+    def step(
+        ids: tuple[int, ...] = (1, 2),
+        lengths: tuple[int, ...] = (0, 2),
+        slots: tuple[int, ...] = (0, 2),
+        pages: tuple[tuple[int, ...], ...] = ((3, 9), (1, 0)),
+        state: PooledState = pool,
+    ) -> Tensor:
+        rows = (torch.tensor(part) for part in (ids, lengths, slots, pages))
+        return reader.step_in_pool(next(rows), next(rows), state, next(rows), next(rows))
+
+    assert step().shape == (2, 257)
+    none = torch.empty(0, dtype=torch.int64)
+    assert reader.step_in_pool(none, none, pool, none, none[:, None]).shape == (0, 257)
+    with pytest.raises(ValueError, match="257 entries"):
+        step(ids=(1, 257))
+    with pytest.raises(ValueError, match="none below 0"):
+        step(lengths=(0, -1))
+    one = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"slots: torch\.int32 \(1,\); expected int64"):
+        reader.step_in_pool(one, one, pool, one.int(), one[:, None])
+    for slots in ((0, 3), (-1, 0)):
+        with pytest.raises(ValueError, match="the pool has 3"):
+            step(slots=slots)
+    with pytest.raises(ValueError, match="one of its own"):
+        step(slots=(1, 1))
+    for pages in (((4, 0), (1, 0)), ((3, 9), (-1, 0))):
+        with pytest.raises(ValueError, match="the pool has 4"):
+            step(pages=pages)
+    with pytest.raises(ValueError, match="a row has read 4 and reads one more"):
+        step(lengths=(0, 4))
+    for pages in (((0, 9), (1, 0)), ((1, 9), (1, 0)), ((3, 9), (0, 0))):
+        with pytest.raises(ValueError, match="no other row reads or writes"):
+            step(pages=pages)
+    kda, mla = pool.layers[0], pool.layers[-1]
+    assert isinstance(kda, KdaState)
+    assert isinstance(mla, MlaState)
+    for layers, what in {
+        pool.layers[1:]: "the pool has 3 layers; the model has 4",
+        (mla, *pool.layers[1:]): "layer 0: it is MlaState, not KdaState",
+        (kda._replace(memory=kda.memory.double()), *pool.layers[1:]): "layer 0: torch.float64",
+        (kda._replace(conv=kda.conv[:2]), *pool.layers[1:]): "layer 0: .* expected torch.float32",
+        (kda._replace(memory=kda.memory.mT), *pool.layers[1:]): "in one piece",
+        (kda._replace(memory=kda.memory[:1].expand(3, -1, -1, -1)), *pool.layers[1:]): "strides",
+        (*pool.layers[:-1], mla._replace(latent=mla.latent[:, :, 1:])): "layer 3: ",
+    }.items():
+        with pytest.raises(ValueError, match=what):
+            step(state=PooledState(layers))
 
 
 def test_a_state_is_a_value() -> None:

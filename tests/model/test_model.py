@@ -1,5 +1,8 @@
 """The model's shape, its initial weights, its refusals, and gradients through all of it."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -95,3 +98,16 @@ def test_logits_are_wide() -> None:
         assert tiny_model()(ids)[0].dtype == torch.float32
         assert tiny_model(torch.float64)(ids)[0].dtype == torch.float64
         assert tiny_model(torch.bfloat16)(ids)[0].dtype == torch.float32
+
+
+def test_building_a_model_without_memory_loads_no_compiler() -> None:
+    """It would take longer than reading a gigabyte of weights."""
+    program = """
+import sys, torch
+from deltamoe.model import HybridLM
+from deltamoe.testing import tiny_config
+with torch.device("meta"):
+    HybridLM(tiny_config())
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -5,8 +5,8 @@ May import: ``deltamoe.config``, ``deltamoe.ops``, ``deltamoe.errors``.
 Read first: ``kda.py`` and ``moe.py``.
 """
 
-from deltamoe.layers.kda import Kda, KdaState
-from deltamoe.layers.mla import Mla, MlaState
+from deltamoe.layers.kda import Kda, KdaInputs, KdaState
+from deltamoe.layers.mla import Mla, MlaInputs, MlaState
 from deltamoe.layers.mlp import Mlp
 from deltamoe.layers.moe import Experts, Moe
 from deltamoe.layers.norm import RMSNorm
@@ -15,8 +15,10 @@ from deltamoe.layers.router import Router, Routing
 __all__ = [
     "Experts",
     "Kda",
+    "KdaInputs",
     "KdaState",
     "Mla",
+    "MlaInputs",
     "MlaState",
     "Mlp",
     "Moe",

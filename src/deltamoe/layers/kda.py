@@ -18,7 +18,7 @@ from deltamoe.ops.kda import kda_chunk, kda_decay, kda_recurrent
 from deltamoe.ops.norm import gated_rms_norm, l2_normalize
 from deltamoe.ops.short_conv import normalized_short_conv, short_conv
 
-__all__ = ["Kda", "KdaState"]
+__all__ = ["Kda", "KdaInputs", "KdaState"]
 
 
 class KdaState(NamedTuple):
@@ -32,6 +32,23 @@ class KdaState(NamedTuple):
 
     conv: Tensor
     memory: Tensor
+
+
+class KdaInputs(NamedTuple):
+    """What the memory is given of each token; the arguments of ``deltamoe.ops.kda.kda_chunk``.
+
+    Attributes:
+        q, k: [B, T, H, K], l2-normalised; q carries the 1/sqrt(K) scale.
+        v: [B, T, HV, V].
+        log_decay: [B, T, HV, K] fp32, natural log of what each channel retains, <= 0.
+        beta: [B, T, HV] fp32, how strongly each head writes, in (0, max_beta).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+    beta: Tensor
 
 
 class ShortConv(nn.Module):
@@ -97,6 +114,24 @@ class Kda(nn.Module):
         Returns:
             Hidden states, and the state after the last valid token of each sequence.
         """
+        inputs, conv = self.inputs(x, state, lengths=lengths, cu_seqlens=cu_seqlens)
+        memory = None if state is None else state.memory
+        # One token without gradients is decoding: nothing to gain from a chunk.
+        run = kda_recurrent if x.shape[1] == 1 and not torch.is_grad_enabled() else kda_chunk
+        out, memory = run(*inputs, memory, cu_seqlens=cu_seqlens, backend=self.backend)
+        out = self._gate_output(out, x)
+        y: Tensor = self.o_proj(out.flatten(-2))
+        return y, KdaState(conv, memory)
+
+    def inputs(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: KdaState | None = None,
+        *,
+        lengths: Int[Tensor, "B"] | None = None,
+        cu_seqlens: Int[Tensor, "..."] | None = None,
+    ) -> tuple[KdaInputs, Float[Tensor, "N taps channels"]]:
+        """What ``forward`` gives to the memory, and the convolution's new state."""
         q, k, v, conv = self._project(x, state, lengths, cu_seqlens)
         log_decay = self.log_decay(x)
         beta = self.beta(x)
@@ -104,15 +139,7 @@ class Kda(nn.Module):
             padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
             log_decay = log_decay.masked_fill(padding[..., None, None], 0.0)
             beta = beta.masked_fill(padding[..., None], 0.0)
-        memory = None if state is None else state.memory
-        # One token without gradients is decoding: nothing to gain from a chunk.
-        run = kda_recurrent if x.shape[1] == 1 and not torch.is_grad_enabled() else kda_chunk
-        out, memory = run(
-            q, k, v, log_decay, beta, memory, cu_seqlens=cu_seqlens, backend=self.backend
-        )
-        out = self._gate_output(out, x)
-        y: Tensor = self.o_proj(out.flatten(-2))
-        return y, KdaState(conv, memory)
+        return KdaInputs(q, k, v, log_decay, beta), conv
 
     def log_decay(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T HV K"]:
         """Natural log of what each channel of each head retains at each token."""
@@ -126,6 +153,13 @@ class Kda(nn.Module):
         logits: Tensor = self.beta_proj(x)
         wide = torch.promote_types(logits.dtype, torch.float32)
         return logits.to(wide).sigmoid() * self.config.max_beta
+
+    def output_gate_logits(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T HV V"]:
+        """What opens (large) or closes each channel of each head's answer, before activation."""
+        c = self.config
+        flat = self.output_gate_up(self.output_gate_down(x))
+        logits: Tensor = flat.unflatten(-1, (c.value_heads, c.value_dim))
+        return logits
 
     def _project(
         self, x: Tensor, state: KdaState | None, lengths: Tensor | None, cu_seqlens: Tensor | None
@@ -157,11 +191,10 @@ class Kda(nn.Module):
         if self.config.output_gate == "none":
             normed: Tensor = self.output_norm(out)
             return normed.to(x.dtype)
-        logits = self.output_gate_up(self.output_gate_down(x)).unflatten(-1, out.shape[-2:])
         norm = self.output_norm
         return gated_rms_norm(
             out,
-            logits,
+            self.output_gate_logits(x),
             norm.weight,
             norm.eps,
             activation=self.config.output_gate,

@@ -15,7 +15,7 @@ from deltamoe.config.model import MlaConfig
 from deltamoe.layers.norm import RMSNorm
 from deltamoe.ops.mla import attend, attend_packed, rotate
 
-__all__ = ["Mla", "MlaState"]
+__all__ = ["Mla", "MlaInputs", "MlaState"]
 
 
 class MlaState(NamedTuple):
@@ -26,6 +26,22 @@ class MlaState(NamedTuple):
         rope_key: [B, S, P], the key channels all heads share (rotated, if the model rotates).
     """
 
+    latent: Tensor
+    rope_key: Tensor
+
+
+class MlaInputs(NamedTuple):
+    """What attention is given of each token; the first arguments of ``deltamoe.ops.mla.attend``.
+
+    Attributes:
+        q_nope, q_rope: [B, T, H, K] and [B, T, H, P], unscaled; the latter rotated, if the model
+            rotates.
+        latent: [B, T, L], normalised.
+        rope_key: [B, T, P], rotated likewise.
+    """
+
+    q_nope: Tensor
+    q_rope: Tensor
     latent: Tensor
     rope_key: Tensor
 
@@ -79,17 +95,8 @@ class Mla(nn.Module):
         Returns:
             Hidden states, and the state with x's latents appended.
         """
-        c = self.config
-        q = self._queries(x).unflatten(-1, (c.num_heads, c.query_dim))
-        q_nope, q_rope = q.split([c.nope_dim, c.rope_dim], dim=-1)
-        latent, rope_key = self.latent_proj(x).split([c.latent_dim, c.rope_dim], dim=-1)
-        latent = self.latent_norm(latent)
-        if c.has_rope:
-            positions = self._positions(x, past, cu_seqlens)
-            q_rope = rotate(q_rope, positions, c.rope_theta)
-            rope_key = rotate(rope_key, positions, c.rope_theta)
-        heads = self.latent_up.weight.view(c.num_heads, c.nope_dim + c.value_dim, c.latent_dim)
-        w_key, w_value = heads.split([c.nope_dim, c.value_dim], dim=1)
+        q_nope, q_rope, latent, rope_key = self.inputs(x, past=past, cu_seqlens=cu_seqlens)
+        w_key, w_value = self.head_maps()
         if cu_seqlens is not None:
             out = attend_packed(q_nope, q_rope, latent, rope_key, w_key, w_value, cu_seqlens)
             after = MlaState(latent, rope_key)
@@ -105,6 +112,32 @@ class Mla(nn.Module):
             out = attend(q_nope, q_rope, *sources, w_key, w_value, seen)
         y: Tensor = self.o_proj(out.flatten(-2))
         return y, after
+
+    def inputs(
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        past: Int[Tensor, "B"] | None = None,
+        cu_seqlens: Int[Tensor, "..."] | None = None,
+    ) -> MlaInputs:
+        """What ``forward`` gives to the attention."""
+        c = self.config
+        q = self._queries(x).unflatten(-1, (c.num_heads, c.query_dim))
+        q_nope, q_rope = q.split([c.nope_dim, c.rope_dim], dim=-1)
+        latent, rope_key = self.latent_proj(x).split([c.latent_dim, c.rope_dim], dim=-1)
+        latent = self.latent_norm(latent)
+        if c.has_rope:
+            positions = self._positions(x, past, cu_seqlens)
+            q_rope = rotate(q_rope, positions, c.rope_theta)
+            rope_key = rotate(rope_key, positions, c.rope_theta)
+        return MlaInputs(q_nope, q_rope, latent, rope_key)
+
+    def head_maps(self) -> tuple[Float[Tensor, "H K L"], Float[Tensor, "H V L"]]:
+        """Each head's maps from a latent to its key and its value."""
+        c = self.config
+        heads = self.latent_up.weight.view(c.num_heads, c.nope_dim + c.value_dim, c.latent_dim)
+        w_key, w_value = heads.split([c.nope_dim, c.value_dim], dim=1)
+        return w_key, w_value
 
     def _queries(self, x: Tensor) -> Tensor:
         if self.config.query_rank is None:

@@ -17,8 +17,16 @@ from deltamoe.errors import ConfigError
 from deltamoe.layers.mlp import Mlp
 from deltamoe.layers.moe import Experts
 from deltamoe.layers.router import Routing
-from deltamoe.ops.experts import combine, dispatch
-from deltamoe.ops.quantized import GROUP, TILE, QuantizedWeight, linear, quantize
+from deltamoe.ops.experts import combine, dispatch, feed_forward
+from deltamoe.ops.quantized import (
+    GROUP,
+    TILE,
+    QuantizedWeight,
+    has_few_rows,
+    linear,
+    quantize,
+    unpack,
+)
 
 __all__ = ["QuantizedExperts", "QuantizedLinear", "QuantizedMatrix", "QuantizedMlp", "mix"]
 
@@ -133,6 +141,12 @@ class QuantizedExperts(nn.Module):
 
     def answer(self, index: int, x: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
         """Answer rows by the expert at one place of the stacks."""
+        if not has_few_rows(x):
+            gate = None
+            if self.w_gate is not None:
+                gate = unpack(self.w_gate.quantized.select(index), x.dtype)
+            up = unpack(self.w_up.quantized.select(index), x.dtype)
+            return feed_forward(x, gate, up, unpack(self.w_down.quantized.select(index), x.dtype))
         up = linear(x, self.w_up.quantized.select(index))
         if self.w_gate is None:
             hidden = F.gelu(up)

@@ -69,18 +69,17 @@ class Router(nn.Module):
                 noisy = logits + torch.randn_like(logits) * spread
             scores = noisy.sigmoid() if c.scoring == "sigmoid" else noisy.softmax(dim=-1)
             with torch.no_grad():
-                expert_ids = self._choose(noisy if c.scoring == "topk_softmax" else scores)
-            return Routing(
-                logits,
-                scores,
-                expert_ids,
-                self._weigh(noisy, scores, expert_ids),
-                torch.bincount(expert_ids.flatten(), minlength=c.num_experts),
-                torch.zeros((), dtype=torch.int64, device=x.device),
-            )
+                preference = self.preference(noisy if c.scoring == "topk_softmax" else scores)
+            return self.decide(logits, noisy, scores, preference)
 
-    def _choose(self, preference: Tensor) -> Tensor:
+    def preference(self, scores: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
+        """What experts are chosen by: scores plus balance bias, -inf in a group that is closed.
+
+        Args:
+            scores: what the choice begins with; for "topk_softmax" the logits.
+        """
         c = self.config
+        preference = scores
         if c.has_balance_bias:
             preference = preference + self.balance_bias.to(preference.dtype)
         if c.num_groups > 1:
@@ -90,7 +89,20 @@ class Router(nn.Module):
             closed = torch.ones_like(best_two, dtype=torch.bool)
             closed.scatter_(-1, best[:, : c.groups_per_token], False)
             preference = groups.masked_fill(closed[..., None], -torch.inf).flatten(-2)
-        return choose_experts(preference, c.experts_per_token)
+        return preference
+
+    def decide(self, logits: Tensor, noisy: Tensor, scores: Tensor, preference: Tensor) -> Routing:
+        """Choose the experts preferred most and weigh them; all are [N, E]."""
+        c = self.config
+        expert_ids = choose_experts(preference, c.experts_per_token)
+        return Routing(
+            logits,
+            scores,
+            expert_ids,
+            self._weigh(noisy, scores, expert_ids),
+            torch.bincount(expert_ids.flatten(), minlength=c.num_experts),
+            torch.zeros((), dtype=torch.int64, device=scores.device),
+        )
 
     def _weigh(self, logits: Tensor, scores: Tensor, expert_ids: Tensor) -> Tensor:
         c = self.config

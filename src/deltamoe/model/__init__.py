@@ -9,7 +9,7 @@ Read first: ``model.py``.
 from deltamoe.layers import KdaState, MlaState, Routing
 from deltamoe.model.decoder import Decoder, token_reader
 from deltamoe.model.model import Hidden, HybridLM
-from deltamoe.model.state import ModelState
+from deltamoe.model.state import ModelState, PooledState
 
 __all__ = [
     "Decoder",
@@ -18,6 +18,7 @@ __all__ = [
     "KdaState",
     "MlaState",
     "ModelState",
+    "PooledState",
     "Routing",
     "token_reader",
 ]

@@ -6,6 +6,9 @@ kept, forked and continued again. KDA's memory is written to whichever of its bu
 holds any more; MLA's latents are appended behind the newest state that shares their buffer, and
 copied first if the state at hand is not the newest.
 
+The states of texts that come and go are better kept in a pool, and changed there: a state's place
+is then its owner's to know, and nothing is copied when a text joins or leaves.
+
 Source of the arithmetic: ``layers`` and ``ops``, which define what the C++ must answer.
 """
 
@@ -25,9 +28,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deltamoe.layers import KdaState, MlaState
-from deltamoe.model.description import Description, LayerState, UnsupportedError, describe
+from deltamoe.model.description import (
+    Batch,
+    Description,
+    LayerState,
+    UnsupportedError,
+    describe,
+)
 from deltamoe.model.model import HybridLM
-from deltamoe.model.state import ModelState
+from deltamoe.model.state import ModelState, PooledState
 from deltamoe.ops import native
 
 __all__ = ["Decoder", "token_reader"]
@@ -93,6 +102,7 @@ class Decoder:
         self._kda = [i for i, mixer in enumerate(mixers) if mixer == "kda"]
         self._mla = [i for i, mixer in enumerate(mixers) if mixer == "mla"]
         self._memories, self._latents = _Memories(), _Latents()
+        self._pool: _Pool | None = None
 
     @property
     def bytes_per_token(self) -> int:
@@ -115,41 +125,204 @@ class Decoder:
             ValueError: an id outside the vocabulary, or a state of another batch size.
         """
         state = self._initial_state(len(ids)) if state is None else state
-        ids, lengths = ids.contiguous(), state.lengths.contiguous()
-        chosen, past = ids.tolist(), lengths.tolist()
-        if len(past) != len(chosen):
+        past = state.lengths.tolist()
+        if len(past) != len(ids):
             raise ValueError(
-                f"the state has {len(past)} rows and there are {len(chosen)} ids; "
+                f"the state has {len(past)} rows and there are {len(ids)} ids; "
                 "ModelState.select picks or repeats rows"
             )
-        logits = torch.empty(len(chosen), self._vocab_size)
-        if not chosen:
-            return logits, state
-        if not 0 <= min(chosen) <= max(chosen) < self._vocab_size:
-            raise ValueError(
-                f"token ids from {min(chosen)} to {max(chosen)}: this model's vocabulary has "
-                f"{self._vocab_size} entries, counted from 0"
-            )
+        if not past:
+            return torch.empty(0, self._vocab_size), state
+        self._check_ids(ids)
         layers: list[Any] = [_in_one_piece(layer) for layer in state.layers]
         before = tuple(layers)  # holds what C++ reads
         described = (LayerState * len(layers))()
-        most_threads = self.bytes_per_token // _BYTES_PER_THREAD
+        rows = torch.arange(len(past))
         with self._lock:
             if self._kda:
                 self._memories.advance(self._kda, layers, described)
+            page_tokens = 1
             if self._mla:
-                self._latents.advance(self._mla, layers, described, past)
-            _library().decoder_step(
-                self._handle,
-                ids.data_ptr(),
-                len(chosen),
-                lengths.data_ptr(),
-                described,
-                logits.data_ptr(),
-                max(1, min(torch.get_num_threads(), most_threads)),
-            )
+                page_tokens = self._latents.advance(self._mla, layers, described, past)
+            logits = self._read(ids, state.lengths, described, rows, rows[:, None], page_tokens)
         del before
-        return logits, ModelState(tuple(layers), lengths + 1)
+        return logits, ModelState(tuple(layers), state.lengths + 1)
+
+    def step_in_pool(
+        self,
+        ids: Int[Tensor, "B"],
+        lengths: Int[Tensor, "B"],
+        pool: PooledState,
+        slots: Int[Tensor, "B"],
+        pages: Int[Tensor, "B max_pages"],
+    ) -> Float[Tensor, "B vocab"]:
+        """Read one token of every row, whose states are changed where they are in a pool.
+
+        The results are those of ``step``, to the last bit. The decoder holds on to the pool until
+        it is given another.
+
+        Args:
+            ids: int64 token ids in [0, vocab).
+            lengths: int64, tokens that each row has read before.
+            pool: the states of these rows and of others, which are left alone.
+            slots: int64, each row's own slot.
+            pages: int64, token ``s`` of a row is in its page ``s // page_tokens``. Rows may share
+                pages that they only read. The page of the new token must be in the table, and be
+                the row's own; what comes behind it is not looked at.
+
+        Returns:
+            Logits in fp32.
+
+        Raises:
+            ValueError: an id outside the vocabulary, a slot or page outside the pool or given to
+                two rows, tensors that do not fit each other, or a pool of another model.
+        """
+        rows = len(ids)
+        if not rows:
+            return torch.empty(0, self._vocab_size)
+        for name, tensor in (("ids", ids), ("lengths", lengths), ("slots", slots)):
+            if tensor.dtype != torch.int64 or tensor.shape != (rows,):
+                raise ValueError(f"{name}: {_said(tensor)}; expected int64 ({rows},)")
+        if pages.dtype != torch.int64 or pages.ndim != 2 or len(pages) != rows:
+            raise ValueError(f"pages: {_said(pages)}; expected int64 ({rows}, max_pages)")
+        self._check_ids(ids)
+        with self._lock:
+            if self._pool is None or self._pool.state is not pool:
+                self._pool = _Pool(pool, self._initial_state(1))
+            self._pool.check_rows(lengths, slots, pages)
+            return self._read(
+                ids, lengths, self._pool.described, slots, pages, self._pool.page_tokens
+            )
+
+    def _check_ids(self, ids: Tensor) -> None:
+        least, most = map(int, ids.aminmax())
+        if not 0 <= least <= most < self._vocab_size:
+            raise ValueError(
+                f"token ids from {least} to {most}: this model's vocabulary has "
+                f"{self._vocab_size} entries, counted from 0"
+            )
+
+    def _read(
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        described: Any,
+        slots: Tensor,
+        pages: Tensor,
+        page_tokens: int,
+    ) -> Tensor:
+        logits = torch.empty(len(ids), self._vocab_size)
+        tensors = [tensor.contiguous() for tensor in (ids, lengths, slots, slots, pages)]
+        batch = Batch(
+            len(ids), *(tensor.data_ptr() for tensor in tensors), pages.shape[1], page_tokens
+        )
+        most_threads = self.bytes_per_token // _BYTES_PER_THREAD
+        _library().decoder_step(
+            self._handle,
+            ctypes.byref(batch),
+            described,
+            logits.data_ptr(),
+            max(1, min(torch.get_num_threads(), most_threads)),
+        )
+        return logits
+
+
+class _Pool:
+    """A pool that was found to fit the model.
+
+    Args:
+        state: the pool.
+        row: a state of one row of the model's.
+
+    Attributes:
+        state: as given.
+        described: for C++.
+        page_tokens: tokens of a page; 1 where there are none.
+
+    Raises:
+        ValueError: the pool's tensors are not such as the model needs; the message says which.
+    """
+
+    def __init__(self, state: PooledState, row: ModelState) -> None:
+        self.state, self.page_tokens = state, 1
+        self.described = (LayerState * len(row.layers))()
+        self._num_slots: int | None = None
+        self._num_pages: int | None = None
+        if len(state.layers) != len(row.layers):
+            raise ValueError(
+                f"the pool has {len(state.layers)} layers; the model has {len(row.layers)}"
+            )
+        for at, (layer, of_one) in enumerate(zip(state.layers, row.layers, strict=True)):
+            try:
+                if isinstance(layer, MlaState) != isinstance(of_one, MlaState):
+                    raise ValueError(f"it is {type(layer).__name__}, not {type(of_one).__name__}")
+                if isinstance(layer, MlaState):
+                    self._add_pages(layer, of_one, self.described[at])
+                else:
+                    self._add_slots(layer, of_one, self.described[at])
+            except ValueError as error:
+                raise ValueError(f"the pool's layer {at}: {error}") from error
+
+    def _add_slots(self, layer: KdaState, of_one: Any, here: Any) -> None:
+        self._num_slots = self._num_slots or len(layer.memory)
+        for part, one in zip(layer, of_one, strict=True):
+            _check(part, (self._num_slots, *one.shape[1:]), one.dtype)
+        here.conv = here.conv_after = layer.conv.data_ptr()
+        here.memory = here.memory_after = layer.memory.data_ptr()
+        here.conv_stride, here.memory_stride = layer.conv.stride(0), layer.memory.stride(0)
+
+    def _add_pages(self, layer: MlaState, of_one: Any, here: Any) -> None:
+        if self._num_pages is None:
+            self._num_pages, self.page_tokens = layer.latent.shape[:2]
+        for part, one in zip(layer, of_one, strict=True):
+            _check(part, (self._num_pages, self.page_tokens, one.shape[2]), one.dtype)
+        here.latent, here.rope_key = layer.latent.data_ptr(), layer.rope_key.data_ptr()
+        here.latent_stride, here.rope_key_stride = layer.latent.stride(0), layer.rope_key.stride(0)
+
+    def check_rows(self, lengths: Tensor, slots: Tensor, pages: Tensor) -> None:
+        """Refuse rows that are not in the pool, or in each other's way."""
+        if int(lengths.min()) < 0:
+            raise ValueError(f"lengths: {lengths.tolist()}; expected none below 0")
+        if self._num_slots is not None:
+            chosen = slots.tolist()
+            if not 0 <= min(chosen) <= max(chosen) < self._num_slots:
+                raise ValueError(f"slots: {chosen}; the pool has {self._num_slots}, from 0")
+            if len(set(chosen)) < len(chosen):
+                raise ValueError(f"slots: {chosen}; expected one of its own for every row")
+        if self._num_pages is None:
+            return
+        last = lengths.numpy() // self.page_tokens
+        if last.max() >= pages.shape[1]:
+            raise ValueError(
+                f"pages: {pages.shape[1]} a row of {self.page_tokens} tokens; a row has read "
+                f"{int(lengths.max())} and reads one more"
+            )
+        table = pages.numpy()
+        used = table[np.arange(table.shape[1]) <= last[:, None]]
+        if not 0 <= used.min() <= used.max() < self._num_pages:
+            raise ValueError(
+                f"pages: from {used.min()} to {used.max()}; the pool has {self._num_pages}, from 0"
+            )
+        newest = table[np.arange(len(table)), last]
+        if np.isin(used, newest).sum() > len(set(newest.tolist())):
+            raise ValueError(
+                f"pages: the new tokens go to {newest.tolist()}; expected pages that no other row "
+                "reads or writes"
+            )
+
+
+def _check(part: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    apart, *within = torch.empty(shape, device="meta").stride()
+    lies_together = part.stride()[1:] == tuple(within) and part.stride(0) >= apart
+    if part.shape != shape or part.dtype != dtype or not lies_together:
+        strides = "" if lies_together else f" with strides {part.stride()}"
+        raise ValueError(
+            f"{_said(part)}{strides}; expected {dtype} {shape}, each entry in one piece"
+        )
+
+
+def _said(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
 def _in_one_piece(layer: KdaState | MlaState) -> KdaState | MlaState:
@@ -180,6 +353,7 @@ class _Memories:
             before, here = layers[place], described[place]
             here.conv, here.conv_after = before.conv.data_ptr(), conv.data_ptr()
             here.memory, here.memory_after = before.memory.data_ptr(), memory.data_ptr()
+            here.conv_stride, here.memory_stride = conv.stride(0), memory.stride(0)
             layers[place] = KdaState(conv, memory)
 
     def _take(self, size: int) -> Tensor:
@@ -203,10 +377,12 @@ class _Latents:
     def __init__(self) -> None:
         self._buffers: dict[int, _LatentBuffer] = {}  # by where their first latents lie
 
-    def advance(
-        self, places: list[int], layers: list[Any], described: Any, past: list[int]
-    ) -> None:
-        """Describe the caches at ``places``, and put the tensors with one token more there."""
+    def advance(self, places: list[int], layers: list[Any], described: Any, past: list[int]) -> int:
+        """Describe the caches at ``places``, and put the tensors with one token more there.
+
+        Returns:
+            Tokens of a row's only page.
+        """
         before = [layers[place] for place in places]
         buffer = self._buffers.get(before[0].latent.data_ptr())
         memory = None if buffer is None else buffer.memory()
@@ -216,8 +392,12 @@ class _Latents:
         for place, after in zip(places, buffer.states(memory, 1 + max(past)), strict=True):
             here = described[place]
             here.latent, here.rope_key = after.latent.data_ptr(), after.rope_key.data_ptr()
-            here.capacity = buffer.capacity
+            here.latent_stride, here.rope_key_stride = (
+                after.latent.stride(0),
+                after.rope_key.stride(0),
+            )
             layers[place] = after
+        return buffer.capacity
 
     def _copied(self, before: list[MlaState], past: list[int]) -> tuple["_LatentBuffer", _Bytes]:
         size = max(past)
@@ -296,15 +476,12 @@ def _aligned(make: Callable[..., _Bytes], size: int) -> _Bytes:
 @cache
 def _library() -> ctypes.CDLL:
     library = native.open_library("decode")
-    sizes = (ctypes.c_int64 * 3)()
+    sizes = (ctypes.c_int64 * 4)()
     library.decoder_sizes(sizes)
     assert tuple(sizes) == Description.sizes, "decode.cpp and description.py differ"
-    pointer, whole = ctypes.c_void_p, ctypes.c_int64
+    pointer = ctypes.c_void_p
     library.decoder_new.argtypes, library.decoder_new.restype = [pointer], pointer
     library.decoder_free.argtypes, library.decoder_free.restype = [pointer], None
-    library.decoder_step.argtypes = [
-        *(pointer, pointer, whole, pointer, pointer, pointer),
-        ctypes.c_int,
-    ]
+    library.decoder_step.argtypes = [pointer, pointer, pointer, pointer, ctypes.c_int]
     library.decoder_step.restype = None
     return library

@@ -17,7 +17,7 @@ from deltamoe.model.model import HybridLM
 from deltamoe.ops.quantized import QuantizedWeight, dequantize
 from deltamoe.ops.quantized.native import Matrix, matrix_of
 
-__all__ = ["Description", "LayerState", "Model", "UnsupportedError", "describe"]
+__all__ = ["Batch", "Description", "LayerState", "Model", "UnsupportedError", "describe"]
 
 _OUTPUT_GATES = {"none": 0, "sigmoid": 1, "swish": 2}
 _SCORINGS = {"sigmoid": 0, "softmax": 1, "topk_softmax": 2}
@@ -92,7 +92,17 @@ class LayerState(ctypes.Structure):
     """``LayerState`` of decode.cpp."""
 
     _fields_ = _fields(
-        pointers="conv conv_after memory memory_after latent rope_key", whole="capacity"
+        pointers="conv conv_after memory memory_after latent rope_key",
+        whole="conv_stride memory_stride latent_stride rope_key_stride",
+    )
+
+
+class Batch(ctypes.Structure):
+    """``Batch`` of decode.cpp."""
+
+    _fields_ = (
+        *_fields(whole="rows", pointers="ids past slots_before slots_after pages"),
+        *_fields(whole="max_pages page_tokens"),
     )
 
 
@@ -105,7 +115,7 @@ class Description:
         bytes_per_token: of the weights that one token reads.
     """
 
-    sizes = (ctypes.sizeof(Model), ctypes.sizeof(_Layer), ctypes.sizeof(LayerState))
+    sizes = tuple(map(ctypes.sizeof, (Model, _Layer, LayerState, Batch)))
 
     def __init__(self) -> None:
         self.model = Model()

@@ -51,7 +51,9 @@ class HybridLM(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        # Given its weight, it draws none: on the meta device that would import torch's compiler.
+        weight = torch.empty(config.vocab_size, config.dim)
+        self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=weight)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None

@@ -1,6 +1,7 @@
 """What a model carries from one call to the next.
 
-A state is a value: nothing modifies it in place, a call returns a new one.
+A ``ModelState`` is a value: nothing modifies it in place, a call returns a new one. A
+``PooledState`` is a place: the states of many texts that come and go, changed where they are.
 """
 
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from deltamoe.layers import KdaState, MlaState
 
-__all__ = ["ModelState"]
+__all__ = ["ModelState", "PooledState"]
 
 
 class ModelState(NamedTuple):
@@ -45,3 +46,18 @@ class ModelState(NamedTuple):
         """Every layer's tensors, in order."""
         for layer in self.layers:
             yield from layer
+
+
+class PooledState(NamedTuple):
+    """Room for the states of many texts, each of which has a slot and some pages.
+
+    A text's slot holds its KDA states; its latents are in as many pages as they fill. Which slot
+    and which pages are whose is the caller's to know. Between slots, and between pages, there may
+    be anything; within one the numbers lie together.
+
+    Attributes:
+        layers: in the order of the blocks, ``KdaState`` with tensors [num_slots, ...], and
+            ``MlaState`` with tensors [num_pages, page_tokens, L] and [num_pages, page_tokens, P].
+    """
+
+    layers: tuple[KdaState | MlaState, ...]

@@ -14,6 +14,7 @@ from deltamoe.ops.quantized import (
     linear,
     quantize,
     quantize_activations,
+    unpack,
 )
 from deltamoe.ops.quantized.native import multiply
 
@@ -94,6 +95,18 @@ def test_without_a_compiler_the_weight_is_unpacked(
     monkeypatch.setattr(native, "why_not", lambda name: "no C++ compiler was found")
     weight, x = quantize(torch.randn(37, 70), bits), torch.randn(3, 70)
     torch.testing.assert_close(linear(x, weight), x @ dequantize(weight).T)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 2)])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_unpacking_is_the_definition(
+    bits: int, shape: tuple[int, int], lead: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    weight = quantize(torch.randn(*lead, *shape), bits)
+    assert torch.equal(unpack(weight, dtype), dequantize(weight, dtype))
 
 
 @needs_compiler

@@ -4,8 +4,8 @@
 // tiles of outputs, of heads, or of stretches of the attention's past; every matrix is read once,
 // whatever the number of rows, and of the experts only those that some row chose. What is small
 // (norms, the routing, rounding to 8 bits) every thread does for itself, which is cheaper than one
-// more barrier. Activations and sums are fp32 for every kind of weight. Neither the number of
-// threads nor the rows beside a row change a bit of its results.
+// more barrier; of many rows it does a share. Activations and sums are fp32 for every kind of
+// weight. Neither the number of threads nor the rows beside a row change a bit of its results.
 //
 // The memory's step is that of ops/kda/reference.py, attention the absorbed form of ops/mla.py.
 
@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "matvec.h"
@@ -69,20 +70,32 @@ struct Model {
   const Layer* layers;
 };
 
-// Where one layer's state lies, [B, ...] each: that of KDA before and after, and an MLA layer's
-// cache, which has room for `capacity` tokens a row and is appended to in place.
+// Where one layer's states lie: KDA's in slots, before and after, and an MLA layer's cache in pages
+// of some tokens each. A stride is the numbers from one slot or page to the next.
 struct LayerState {
   const void* conv;
   void* conv_after;
   const float* memory;
   float* memory_after;
   void *latent, *rope_key;
-  int64_t capacity;
+  int64_t conv_stride, memory_stride, latent_stride, rope_key_stride;
+};
+
+// One token of each of `rows` texts. A slot may be the same before and after: then KDA's state
+// changes in place. Row b's token s is in page pages[b * max_pages + s / page_tokens].
+struct Batch {
+  int64_t rows;
+  const int64_t *ids, *past;  // past: tokens read before
+  const int64_t *slots_before, *slots_after;
+  const int64_t* pages;
+  int64_t max_pages, page_tokens;
 };
 
 namespace {
 
 constexpr int64_t LARGE = 1 << 20;  // bytes of all layers' memories
+constexpr int64_t MANY = 4;         // rows
+constexpr int64_t CHANNELS = 128;   // of the convolution, at a time
 
 template <class T>
 struct CacheLines {  // an allocator
@@ -130,29 +143,17 @@ struct Rows {
   float* operator[](int64_t i) { return numbers.data() + i * stride; }
 };
 
-// Vectors ready for products; quantised ones too if a matrix needs that.
-struct Prepared {
-  std::vector<Vector> vectors;
+// Vectors rounded for quantised matrices.
+struct Rounded {
   Room<int8_t> codes;
   Room<float> scales;
   Room<int32_t> sums;
 
-  const Vector* set(Rows& rows, int64_t count, int64_t width, bool quantizes) {
-    const int64_t stride = padded(width), groups = stride / GROUP;
-    if (int64_t(vectors.size()) < count) vectors.resize(count);
-    if (quantizes && int64_t(codes.size()) < count * stride) {
-      codes.resize(count * stride);
-      scales.resize(count * groups);
-      sums.resize(count * groups);
-    }
-    for (int64_t i = 0; i < count; i++) {
-      vectors[i] = {rows[i], codes.data() + i * stride, scales.data() + i * groups,
-                    sums.data() + i * groups};
-      if (quantizes)
-        quantize(rows[i], width, codes.data() + i * stride, scales.data() + i * groups,
-                 sums.data() + i * groups);
-    }
-    return vectors.data();
+  void reserve(int64_t numbers) {
+    if (int64_t(codes.size()) >= numbers) return;
+    codes.resize(numbers);
+    scales.resize(numbers / GROUP);
+    sums.resize(numbers / GROUP);
   }
 };
 
@@ -260,19 +261,31 @@ struct Job {
   Target to;
 };
 
-// What the rows chose in one layer, by expert: rows of `members` are b * experts_per_token + slot.
+// What the rows chose in one layer: choice b * experts_per_token + slot.
+struct Choices {
+  std::vector<int64_t> ids;
+  std::vector<float> weights;
+
+  void reserve(size_t count) {
+    if (ids.size() >= count) return;
+    ids.resize(count);
+    weights.resize(count);
+  }
+};
+// The same by expert: those chosen, and whose choices they are.
 struct Routes {
-  std::vector<int64_t> ids, experts, starts, members;
-  std::vector<float> weights, preference;
+  const float* weights = nullptr;
+  std::vector<int64_t> experts, starts, members, counts;
+  std::vector<float> scores;
 };
 
 struct Thread {
   int me = 0, all = 1;
-  Rows normed, q, k, v, retained, out, memory_before, memory_after, scores, query,
-      sources;
-  Prepared a, b;
-  std::vector<Vector> gathered;
+  Rows normed, q, k, v, retained, out, memory_before, memory_after, scores, sources;
+  std::vector<Vector> vectors[2], gathered;
+  Rounded rounded[2];
   Room<float> tile, other_tile;
+  Choices choices;
   Routes routes;
 
   // This thread's part of n units.
@@ -289,25 +302,29 @@ class Decoder {
   explicit Decoder(const Model& model)
       : model_(model), layers_(model.layers, model.layers + model.num_layers) {}
 
-  void step(const int64_t* ids, int64_t batch, const int64_t* past, const LayerState* states,
-            float* logits, int threads) {
-    reserve(batch, past, threads);
+  void step(const Batch& batch, const LayerState* states, float* logits, int threads) {
+    rows_ = batch;
+    batch_ = batch.rows;
+    reserve(batch.rows, batch.past, threads);
     team_.run(threads, [&](int me) {
       Thread& t = threads_[me];
       t.me = me;
       t.all = threads;
-      run(t, ids, past, states, logits);
+      run(t, states, logits);
     });
   }
 
  private:
   Model model_;
   std::vector<Layer> layers_;
+  Batch rows_ = {};
   int64_t batch_ = 0;
-  bool streams_ = false;
+  bool streams_ = false, shares_ = false;
   std::vector<Thread> threads_;
   Team team_;
-  Rows x_, answer_;
+  Rows x_, normed_, answer_;
+  Rounded rounded_[2];
+  Choices choices_;
   Rows q_, k_, v_, decay_down_, decay_, beta_, gate_down_, gate_, mixed_;
   Rows query_down_, query_, latent_, q_latent_, q_rope_, sources_, attended_;
   Rows hidden_, shared_hidden_, router_, expert_hidden_;
@@ -316,9 +333,9 @@ class Decoder {
   void meet(const Thread& t) { team_.meet(t.all); }
 
   void reserve(int64_t batch, const int64_t* past, int threads) {
-    batch_ = batch;
     const int64_t dim = model_.dim;
-    int64_t heads = 1, chosen = 0, remembered = 0;
+    int64_t heads = 1, chosen = 1, remembered = 0, widest = dim, rounded = batch * padded(dim);
+    shares_ = threads > 1 && batch >= MANY;
     x_.reserve(batch, dim);
     answer_.reserve(batch, dim);
     for (const Layer& layer : layers_) {
@@ -326,7 +343,10 @@ class Decoder {
       if (layer.is_mla) {
         const Mla& m = layer.mla;
         heads = std::max(heads, m.heads);
-        if (m.q_up.rows) query_down_.reserve(batch, m.q.rows);
+        if (m.q_up.rows) {
+          query_down_.reserve(batch, m.q.rows);
+          widest = std::max(widest, m.q.rows);
+        }
         query_.reserve(batch, m.heads * m.query_dim());
         latent_.reserve(batch, m.latent_dim + m.rope_dim);
         q_latent_.reserve(batch * m.heads, m.latent_dim);
@@ -339,6 +359,7 @@ class Decoder {
           total_.resize(units * m.heads);
         }
         attended_.reserve(batch, m.heads * m.value_dim);
+        rounded = std::max(rounded, batch * attended_.stride);
       } else {
         const Kda& m = layer.kda;
         q_.reserve(batch, m.q.rows);
@@ -350,21 +371,30 @@ class Decoder {
         gate_down_.reserve(batch, m.gate_down.rows);
         gate_.reserve(batch, m.gate_up.rows);
         mixed_.reserve(batch, m.v.rows);
+        rounded = std::max({rounded, batch * mixed_.stride, batch * decay_down_.stride,
+                            batch * gate_down_.stride});
         remembered += batch * m.value_heads * m.key_dim * m.value_dim;
       }
-      (c.num_experts ? shared_hidden_ : hidden_).reserve(batch, c.up.rows);
+      Rows& everyones = c.num_experts ? shared_hidden_ : hidden_;
+      everyones.reserve(batch, c.up.rows);
+      rounded = std::max(rounded, batch * everyones.stride);
       if (c.num_experts) {
         router_.reserve(batch, c.num_experts);
         expert_hidden_.reserve(batch * c.experts_per_token, c.w_up.rows);
         chosen = std::max(chosen, c.experts_per_token);
+        rounded = std::max(rounded, batch * c.experts_per_token * expert_hidden_.stride);
       }
     }
     streams_ = remembered * int64_t(sizeof(float)) > LARGE;
     if (int(threads_.size()) < threads) threads_.resize(threads);
-    const int64_t most = std::max(batch * std::max<int64_t>(chosen, 1), heads);
+    if (shares_) {
+      normed_.reserve(batch, widest);
+      choices_.reserve(batch * chosen);
+      for (Rounded& room : rounded_) room.reserve(std::max(rounded, batch * padded(widest)));
+    }
+    const int64_t most = std::max(batch * chosen, heads);
     for (Thread& t : threads_) {
-      t.normed.reserve(batch, dim);
-      t.query.reserve(batch, query_down_.stride);
+      if (!shares_) t.normed.reserve(batch, widest);
       t.sources.reserve(batch, q_latent_.stride);
       if (int64_t(t.tile.size()) < most * TILE) {
         t.tile.resize(most * TILE);
@@ -374,26 +404,22 @@ class Decoder {
     }
   }
 
-  void run(Thread& t, const int64_t* ids, const int64_t* past, const LayerState* states,
-           float* logits) {
+  void run(Thread& t, const LayerState* states, float* logits) {
     if (t.me == 0)
-      for (int64_t b = 0; b < batch_; b++) read_row(model_.embedding, ids[b], x_[b]);
+      for (int64_t b = 0; b < batch_; b++) read_row(model_.embedding, rows_.ids[b], x_[b]);
     meet(t);
     for (int64_t i = 0; i < model_.num_layers; i++) {
       const Layer& layer = layers_[i];
-      normalize(t, layer.mixer_norm);
       if (layer.is_mla) {
-        if (model_.state_kind == BF16) attend<bf16>(t, layer.mla, states[i], past);
-        else attend<float>(t, layer.mla, states[i], past);
+        if (model_.state_kind == BF16) attend<bf16>(t, layer, states[i]);
+        else attend<float>(t, layer, states[i]);
       } else {
-        if (model_.state_kind == BF16) remember<bf16>(t, layer.kda, states[i]);
-        else remember<float>(t, layer.kda, states[i]);
+        if (model_.state_kind == BF16) remember<bf16>(t, layer, states[i]);
+        else remember<float>(t, layer, states[i]);
       }
-      normalize(t, layer.channel_norm);
-      answer(t, layer.channel);
+      answer(t, layer);
     }
-    normalize(t, model_.norm);
-    const Vector* x = prepare(t.a, t.normed, model_.dim, {&model_.head});
+    const Vector* x = normalize(t, x_, model_.norm, model_.dim, model_.norm_eps, {&model_.head});
     multiply(t, {{model_.head, x, {logits, model_.vocab}}});
   }
 
@@ -420,17 +446,57 @@ class Decoder {
     }
   }
 
-  // Every thread has all rows normalised in its own memory.
-  void normalize(Thread& t, const float* weight) {
-    for (int64_t b = 0; b < batch_; b++)
-      rms_norm(x_[b], weight, model_.dim, model_.norm_eps, t.normed[b]);
+  // Of few rows every thread makes its own copy; of many each makes a share of everyone's.
+  const Vector* normalize(Thread& t, Rows& from, const float* weight, int64_t width, double eps,
+                          std::initializer_list<const Matrix*> readers) {
+    Rows& to = shares_ ? normed_ : t.normed;
+    const auto [begin, end] = my_rows(t, batch_);
+    for (int64_t b = begin; b < end; b++) {
+      rms_norm(from[b], weight, width, eps, to[b]);
+      std::fill(to[b] + width, to[b] + padded(width), 0.f);
+    }
+    const Vector* made = set_vectors(t, 0, to, width, readers, batch_);
+    if (shares_) meet(t);
+    return made;
   }
 
-  const Vector* prepare(Prepared& room, Rows& rows, int64_t width,
+  // What was made by all is readied for products. Two may be in use at a time.
+  const Vector* prepare(Thread& t, int use, Rows& rows, int64_t width,
                         std::initializer_list<const Matrix*> readers, int64_t count = 0) {
-    bool quantizes = false;
-    for (const Matrix* m : readers) quantizes |= m->rows && m->is_quantized();
-    return room.set(rows, count ? count : batch_, width, quantizes);
+    const Vector* made = set_vectors(t, use, rows, width, readers, count ? count : batch_);
+    if (shares_ && are_quantized(readers)) meet(t);
+    return made;
+  }
+
+  std::pair<int64_t, int64_t> my_rows(const Thread& t, int64_t count) const {
+    if (!shares_) return {0, count};
+    return {t.begin(count), t.end(count)};
+  }
+
+  static bool are_quantized(std::initializer_list<const Matrix*> matrices) {
+    for (const Matrix* m : matrices)
+      if (m->rows && m->is_quantized()) return true;
+    return false;
+  }
+
+  // Point at vectors, and round this thread's rows if a matrix needs that.
+  const Vector* set_vectors(Thread& t, int use, Rows& rows, int64_t width,
+                            std::initializer_list<const Matrix*> readers, int64_t count) {
+    const int64_t stride = padded(width), groups = stride / GROUP;
+    Rounded& to = shares_ ? rounded_[use] : t.rounded[use];
+    std::vector<Vector>& vectors = t.vectors[use];
+    const bool rounds = are_quantized(readers);
+    if (rounds) to.reserve(count * stride);
+    if (int64_t(vectors.size()) < count) vectors.resize(count);
+    int8_t* codes = to.codes.data();
+    float* scales = to.scales.data();
+    int32_t* sums = to.sums.data();
+    for (int64_t i = 0; i < count; i++)
+      vectors[i] = {rows[i], codes + i * stride, scales + i * groups, sums + i * groups};
+    const auto [begin, end] = my_rows(t, rounds ? count : 0);
+    for (int64_t i = begin; i < end; i++)
+      quantize(rows[i], width, codes + i * stride, scales + i * groups, sums + i * groups);
+    return vectors.data();
   }
 
   // Every job's matrix times its vectors; threads share the tiles of all.
@@ -441,8 +507,12 @@ class Decoder {
     for (const Job& job : jobs) {
       const Matrix& m = job.matrix;
       const int64_t stop = std::min(end - base, m.tiles());
+      const bool continues = end - base > m.tiles();  // in the next job
       for (int64_t tile = std::max<int64_t>(begin - base, 0); tile < stop; tile++) {
-        tile_product(m, tile, job.x, batch_, t.tile.data());
+        const int64_t later = tile + m.lead();
+        const void* next = later < stop ? m.tile(later) : nullptr;
+        if (continues && later >= stop) next = (&job + 1)->matrix.tile(later - stop);
+        tile_product(m, tile, job.x, batch_, t.tile.data(), next);
         for (int64_t b = 0; b < batch_; b++)
           memcpy(job.to.p + b * job.to.stride + tile * TILE, t.tile.data() + b * TILE,
                  rows_in(m, tile) * sizeof(float));
@@ -453,9 +523,11 @@ class Decoder {
 
   // x += matrix times what the mixer made.
   void add_to_stream(Thread& t, const Matrix& m, Rows& from) {
-    const Vector* v = prepare(t.a, from, m.columns, {&m});
-    for (int64_t tile = t.begin(m.tiles()); tile < t.end(m.tiles()); tile++) {
-      tile_product(m, tile, v, batch_, t.tile.data());
+    const Vector* v = prepare(t, 0, from, m.columns, {&m});
+    const int64_t end = t.end(m.tiles());
+    for (int64_t tile = t.begin(m.tiles()); tile < end; tile++) {
+      const int64_t later = tile + m.lead();
+      tile_product(m, tile, v, batch_, t.tile.data(), later < end ? m.tile(later) : nullptr);
       for (int64_t b = 0; b < batch_; b++)
         for (int64_t i = 0; i < rows_in(m, tile); i++)
           x_[b][tile * TILE + i] += t.tile[b * TILE + i];
@@ -466,9 +538,10 @@ class Decoder {
   // --- KDA ------------------------------------------------------------------------------------
 
   template <class T>
-  void remember(Thread& t, const Kda& m, const LayerState& state) {
-    const Vector* x = prepare(t.a, t.normed, model_.dim,
-                              {&m.q, &m.k, &m.v, &m.decay_down, &m.beta, &m.gate_down});
+  void remember(Thread& t, const Layer& layer, const LayerState& state) {
+    const Kda& m = layer.kda;
+    const Vector* x = normalize(t, x_, layer.mixer_norm, model_.dim, model_.norm_eps,
+                                {&m.q, &m.k, &m.v, &m.decay_down, &m.beta, &m.gate_down});
     multiply(t, {{m.q, x, into(q_)},
                  {m.k, x, into(k_)},
                  {m.v, x, into(v_)},
@@ -476,32 +549,29 @@ class Decoder {
                  {m.beta, x, into(beta_)},
                  {m.gate_down, x, into(gate_down_)}});
     meet(t);
-    const Vector* decay = prepare(t.a, decay_down_, m.decay_down.rows, {&m.decay_up});
-    const Vector* gate = prepare(t.b, gate_down_, m.gate_down.rows, {&m.gate_up});
+    const Vector* decay = prepare(t, 0, decay_down_, m.decay_down.rows, {&m.decay_up});
+    const Vector* gate = prepare(t, 1, gate_down_, m.gate_down.rows, {&m.gate_up});
     multiply(t, {{m.decay_up, decay, into(decay_)}, {m.gate_up, gate, into(gate_)}});
+    convolve<T>(t, m, state);
     meet(t);
     t.q.reserve(1, m.key_dim);
     t.k.reserve(1, m.key_dim);
-    t.v.reserve(1, m.value_dim);
     t.retained.reserve(1, m.key_dim);
     t.out.reserve(1, m.value_dim);
     const int64_t units = batch_ * m.value_heads;
     for (int64_t i = t.begin(units); i < t.end(units); i++)
-      head<T>(t, m, state, i / m.value_heads, i % m.value_heads);
+      head(t, m, state, i / m.value_heads, i % m.value_heads);
     if (streams_) finish_stores_past_caches();
     meet(t);
     add_to_stream(t, m.o, mixed_);
   }
 
-  template <class T>
   void head(Thread& t, const Kda& m, const LayerState& state, int64_t b, int64_t h) {
     const int64_t K = m.key_dim, V = m.value_dim, group = m.value_heads / m.heads;
     const int64_t key_head = h / group;
-    float *q = t.q[0], *k = t.k[0], *v = t.v[0], *retained = t.retained[0], *out = t.out[0];
-    const bool writes = h % group == 0;  // several value heads read one head of q and k
-    convolve<T>(m, state, b, key_head * K, K, q_[b] + key_head * K, writes, q);
-    convolve<T>(m, state, b, (m.heads + key_head) * K, K, k_[b] + key_head * K, writes, k);
-    convolve<T>(m, state, b, 2 * m.heads * K + h * V, V, v_[b] + h * V, true, v);
+    float *q = t.q[0], *k = t.k[0], *v = v_[b] + h * V, *retained = t.retained[0], *out = t.out[0];
+    memcpy(q, q_[b] + key_head * K, K * sizeof(float));
+    memcpy(k, k_[b] + key_head * K, K * sizeof(float));
     unit_length(q, K, 1.f / std::sqrt(float(K)));
     unit_length(k, K, 1.f);
 
@@ -518,20 +588,25 @@ class Decoder {
     }
     const float beta = sigmoid(beta_[b][h]) * float(m.max_beta);
 
-    const int64_t at = (b * m.value_heads + h) * K * V;
+    const int64_t at = h * K * V;
+    const float* before = state.memory + rows_.slots_before[b] * state.memory_stride + at;
+    float* after = state.memory_after + rows_.slots_after[b] * state.memory_stride + at;
     if (V % LANES == 0) {
-      const bool is_aligned = reinterpret_cast<uintptr_t>(state.memory_after) % 64 == 0;
-      auto step = streams_ && is_aligned ? delta_step<true> : delta_step<false>;
-      step(K, V, state.memory + at, state.memory_after + at, retained, q, k, v, beta, out);
+      const bool is_aligned = reinterpret_cast<uintptr_t>(after) % 64 == 0;
+      auto step = streams_ && is_aligned && before != after ? delta_step<true> : delta_step<false>;
+      step(K, V, before, after, retained, q, k, v, beta, out);
     } else {  // through copies with rows of whole vectors
       const int64_t wide = padded(V);
       t.memory_before.reserve(K, V);
       t.memory_after.reserve(K, V);
+      t.v.reserve(1, V);
+      memcpy(t.v[0], v, V * sizeof(float));
       for (int64_t i = 0; i < K; i++)
-        memcpy(t.memory_before[i], state.memory + at + i * V, V * sizeof(float));
-      delta_step<false>(K, wide, t.memory_before[0], t.memory_after[0], retained, q, k, v, beta, out);
+        memcpy(t.memory_before[i], before + i * V, V * sizeof(float));
+      delta_step<false>(K, wide, t.memory_before[0], t.memory_after[0], retained, q, k, t.v[0],
+                        beta, out);
       for (int64_t i = 0; i < K; i++)
-        memcpy(state.memory_after + at + i * V, t.memory_after[i], V * sizeof(float));
+        memcpy(after + i * V, t.memory_after[i], V * sizeof(float));
     }
 
     float* to = mixed_[b] + h * V;
@@ -546,29 +621,44 @@ class Decoder {
     }
   }
 
+  // The short convolution of q, k and v, in place; threads share blocks of channels.
   template <class T>
-  static void convolve(const Kda& m, const LayerState& state, int64_t b, int64_t first, int64_t n,
-                       const float* x, bool writes, float* y) {
-    if (!m.conv_size) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; i++) y[i] = silu(x[i]);
-      return;
+  void convolve(Thread& t, const Kda& m, const LayerState& state) {
+    const int64_t keys = m.heads * m.key_dim, values = m.value_heads * m.value_dim;
+    const auto blocks = [](int64_t width) { return (width + CHANNELS - 1) / CHANNELS; };
+    const int64_t all = 2 * blocks(keys) + blocks(values);
+    for (int64_t i = t.begin(all); i < t.end(all); i++) {
+      const int64_t part = std::min<int64_t>(i / blocks(keys), 2);
+      const int64_t first = (i - part * blocks(keys)) * CHANNELS;
+      const int64_t n = std::min(CHANNELS, (part == 2 ? values : keys) - first);
+      Rows& x = part == 0 ? q_ : part == 1 ? k_ : v_;
+      for (int64_t b = 0; b < batch_; b++)
+        convolve(m, part * keys + first, n,
+                 static_cast<const T*>(state.conv) + rows_.slots_before[b] * state.conv_stride,
+                 static_cast<T*>(state.conv_after) + rows_.slots_after[b] * state.conv_stride,
+                 x[b] + first);
     }
+  }
+
+  // n channels from `first`; `before` and `after` may be the same.
+  template <class T>
+  static void convolve(const Kda& m, int64_t first, int64_t n, const T* before, T* after,
+                       float* x) {
     const int64_t channels = m.channels(), past = m.conv_size - 1;
-    const T* before = static_cast<const T*>(state.conv) + b * past * channels + first;
-    const float* taps = m.taps + first;
-    for (int64_t i = 0; i < n; i++)
-      y[i] = to_float(from_float<T>(x[i])) * taps[past * channels + i];
-    for (int64_t j = 0; j < past; j++)
-      for (int64_t i = 0; i < n; i++)
-        y[i] += to_float(before[j * channels + i]) * taps[j * channels + i];
+    float y[CHANNELS];
+    if (!m.conv_size) memcpy(y, x, n * sizeof(float));
+    for (int64_t i = 0; past >= 0 && i < n; i++)
+      y[i] = to_float(from_float<T>(x[i])) * m.taps[past * channels + first + i];
+    for (int64_t j = 0; j < past; j++) {
+      const T* earlier = before + j * channels + first;
+      const float* taps = m.taps + j * channels + first;
+      for (int64_t i = 0; i < n; i++) y[i] += to_float(earlier[i]) * taps[i];
+      if (j) memmove(after + (j - 1) * channels + first, earlier, n * sizeof(T));
+    }
+    for (int64_t i = 0; past > 0 && i < n; i++)
+      after[(past - 1) * channels + first + i] = from_float<T>(x[i]);
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) y[i] = silu(y[i]);
-    if (!writes || !past) return;
-    T* after = static_cast<T*>(state.conv_after) + b * past * channels + first;
-    for (int64_t j = 0; j + 1 < past; j++)
-      memcpy(after + j * channels, before + (j + 1) * channels, n * sizeof(T));
-    for (int64_t i = 0; i < n; i++) after[(past - 1) * channels + i] = from_float<T>(x[i]);
+    for (int64_t i = 0; i < n; i++) x[i] = silu(y[i]);
   }
 
   // --- MLA ------------------------------------------------------------------------------------
@@ -577,22 +667,22 @@ class Decoder {
   static int64_t stretches(int64_t n) { return std::min<int64_t>(16, (n + 31) / 32); }
 
   template <class T>
-  void attend(Thread& t, const Mla& m, const LayerState& state, const int64_t* past) {
-    const Vector* x = prepare(t.a, t.normed, model_.dim, {&m.q, &m.latent});
+  void attend(Thread& t, const Layer& layer, const LayerState& state) {
+    const Mla& m = layer.mla;
+    const int64_t* past = rows_.past;
+    const Vector* x = normalize(t, x_, layer.mixer_norm, model_.dim, model_.norm_eps,
+                                {&m.q, &m.latent});
     Rows& first = m.q_up.rows ? query_down_ : query_;
     multiply(t, {{m.q, x, into(first)}, {m.latent, x, into(latent_)}});
     meet(t);
     if (m.q_up.rows) {
-      for (int64_t b = 0; b < batch_; b++)
-        rms_norm(query_down_[b], m.query_norm, m.q.rows, m.norm_eps, t.query[b]);
-      const Vector* v = prepare(t.a, t.query, m.q.rows, {&m.q_up});
+      const Vector* v =
+          normalize(t, query_down_, m.query_norm, m.q.rows, m.norm_eps, {&m.q_up});
       multiply(t, {{m.q_up, v, into(query_)}});
       meet(t);
     }
 
-    const int64_t H = m.heads, L = m.latent_dim, P = m.rope_dim, S = state.capacity;
-    T* latents = static_cast<T*>(state.latent);
-    T* rope_keys = static_cast<T*>(state.rope_key);
+    const int64_t H = m.heads, L = m.latent_dim, P = m.rope_dim;
     const Matrix& up = m.latent_up;
     for (int64_t i = t.begin(H + batch_); i < t.end(H + batch_); i++) {
       if (i < H) {  // the head's queries, moved to where the latents are
@@ -613,7 +703,8 @@ class Decoder {
         float* latent = latent_[b];
         rms_norm(latent, m.latent_norm, L, m.latent_eps, latent);
         rotate(m, past[b], latent + L, latent + L);
-        T *to = latents + (b * S + past[b]) * L, *key = rope_keys + (b * S + past[b]) * P;
+        T* to = token<T>(state.latent, state.latent_stride, L, b, past[b]);
+        T* key = token<T>(state.rope_key, state.rope_key_stride, P, b, past[b]);
         for (int64_t j = 0; j < L; j++) to[j] = from_float<T>(latent[j]);
         for (int64_t j = 0; j < P; j++) key[j] = from_float<T>(latent[L + j]);
       }
@@ -627,8 +718,7 @@ class Decoder {
       const int64_t n = past[b] + 1, count = stretches(n);
       for (int64_t i = 0; i < count; i++, unit++)
         if (unit >= begin && unit < end)
-          stretch(t, m, latents + b * S * L, rope_keys + b * S * P, n * i / count,
-                  n * (i + 1) / count, b, unit);
+          stretch<T>(t, m, state, n * i / count, n * (i + 1) / count, b, unit);
     }
     meet(t);
 
@@ -640,9 +730,9 @@ class Decoder {
         first_unit += count;
       }
       const Matrix values = up.cut(h * (m.nope_dim + m.value_dim) + m.nope_dim, m.value_dim);
-      const Vector* v = prepare(t.a, t.sources, L, {});
+      const Vector* v = set_vectors(t, 0, t.sources, L, {}, batch_);
       for (int64_t tile = 0; tile < values.tiles(); tile++) {
-        tile_product(values, tile, v, batch_, t.tile.data());
+        tile_product(values, tile, v, batch_, t.tile.data(), values.tile(tile + 1));
         for (int64_t b = 0; b < batch_; b++)
           memcpy(attended_[b] + h * m.value_dim + tile * TILE, t.tile.data() + b * TILE,
                  rows_in(values, tile) * sizeof(float));
@@ -650,6 +740,13 @@ class Decoder {
     }
     meet(t);
     add_to_stream(t, m.o, attended_);
+  }
+
+  // Where row b's token is.
+  template <class T>
+  T* token(void* pages, int64_t stride, int64_t width, int64_t b, int64_t position) const {
+    const int64_t page = rows_.pages[b * rows_.max_pages + position / rows_.page_tokens];
+    return static_cast<T*>(pages) + page * stride + position % rows_.page_tokens * width;
   }
 
   static void rotate(const Mla& m, int64_t position, const float* x, float* y) {
@@ -669,8 +766,8 @@ class Decoder {
   // All heads' attention to the tokens from `begin` to `end` of row b's past: for each head the
   // largest score, the sum of the weights relative to it, and the weighted sum of latents.
   template <class T>
-  void stretch(Thread& t, const Mla& m, const T* latents, const T* rope_keys, int64_t begin,
-               int64_t end, int64_t b, int64_t unit) {
+  void stretch(Thread& t, const Mla& m, const LayerState& state, int64_t begin, int64_t end,
+               int64_t b, int64_t unit) {
     constexpr int64_t BLOCK = 64;  // tokens whose latents stay in the cache between the two uses
     const int64_t H = m.heads, L = m.latent_dim, P = m.rope_dim;
     const float scale = 1.f / std::sqrt(float(m.query_dim()));
@@ -684,20 +781,25 @@ class Decoder {
     std::vector<Vector>& q = t.gathered;
     for (int64_t s = begin; s < end; s += BLOCK) {
       const int64_t n = std::min(BLOCK, end - s);
-      const int64_t kind = sizeof(T) == 4 ? FP32 : BF16;
-      const Matrix keys{latents + s * L, nullptr, n, L, kind};
-      const Matrix rope{rope_keys + s * P, nullptr, n, P, kind};
-      for (int64_t tile = 0; tile < keys.tiles(); tile++) {
-        for (int64_t h = 0; h < H; h++) q[h] = {q_latent_[b * H + h], nullptr, nullptr, nullptr};
-        tile_product(keys, tile, q.data(), H, t.tile.data());
-        for (int64_t h = 0; h < H; h++) q[h].values = q_rope_[b * H + h];
-        if (P) tile_product(rope, tile, q.data(), H, t.other_tile.data());
-        for (int64_t h = 0; h < H; h++)
-          for (int64_t i = 0; i < rows_in(keys, tile); i++) {
-            const float by_rope = P ? t.other_tile[h * TILE + i] : 0.f;
-            t.scores[h][tile * TILE + i] = (t.tile[h * TILE + i] + by_rope) * scale;
-          }
-      }
+      in_pages(s, s + n, [&](int64_t from, int64_t count) {
+        const int64_t kind = sizeof(T) == 4 ? FP32 : BF16;
+        const T* latents = token<T>(state.latent, state.latent_stride, L, b, from);
+        const T* rope_keys = token<T>(state.rope_key, state.rope_key_stride, P, b, from);
+        const Matrix keys{latents, nullptr, count, L, kind};
+        const Matrix rope{rope_keys, nullptr, count, P, kind};
+        for (int64_t tile = 0; tile < keys.tiles(); tile++) {
+          for (int64_t h = 0; h < H; h++) q[h] = {q_latent_[b * H + h], nullptr, nullptr, nullptr};
+          tile_product(keys, tile, q.data(), H, t.tile.data());
+          for (int64_t h = 0; h < H; h++) q[h].values = q_rope_[b * H + h];
+          if (P) tile_product(rope, tile, q.data(), H, t.other_tile.data());
+          for (int64_t h = 0; h < H; h++)
+            for (int64_t i = 0; i < rows_in(keys, tile); i++) {
+              const float by_rope = P ? t.other_tile[h * TILE + i] : 0.f;
+              t.scores[h][from - s + tile * TILE + i] =
+                  (t.tile[h * TILE + i] + by_rope) * scale;
+            }
+        }
+      });
       for (int64_t h = 0; h < H; h++) {
         float* scores = t.scores[h];
         float most = largest[h];
@@ -713,8 +815,22 @@ class Decoder {
         for (int64_t i = 0; i < n; i++) scores[i] = exp_fast(scores[i] - most);
         for (int64_t i = 0; i < n; i++) total[h] += scores[i];
       }
-      add_rows(latents + s * L, n, L, L, t.scores[0], t.scores.stride, H, sources_[unit * H],
-               sources_.stride);
+      in_pages(s, s + n, [&](int64_t from, int64_t count) {
+        add_rows(token<T>(state.latent, state.latent_stride, L, b, from), count, L, L,
+                 t.scores[0] + (from - s), t.scores.stride, H, sources_[unit * H],
+                 sources_.stride);
+      });
+    }
+  }
+
+  // What of a stretch lies together: visit(first token, how many).
+  template <class Visit>
+  void in_pages(int64_t begin, int64_t end, Visit visit) const {
+    while (begin < end) {
+      const int64_t size = rows_.page_tokens;
+      const int64_t next = std::min(end, (begin / size + 1) * size);
+      visit(begin, next - begin);
+      begin = next;
     }
   }
 
@@ -734,17 +850,22 @@ class Decoder {
 
   // --- the channel ----------------------------------------------------------------------------
 
-  void answer(Thread& t, const Channel& c) {
-    const Vector* x = prepare(t.a, t.normed, model_.dim,
-                              {&c.gate, &c.up, &c.router, &c.w_gate, &c.w_up});
+  void answer(Thread& t, const Layer& layer) {
+    const Channel& c = layer.channel;
+    const Vector* x = normalize(t, x_, layer.channel_norm, model_.dim, model_.norm_eps,
+                                {&c.gate, &c.up, &c.router, &c.w_gate, &c.w_up});
     if (c.num_experts) multiply(t, {{c.router, x, into(router_)}});
     Rows& everyones = c.num_experts ? shared_hidden_ : hidden_;
-    const int64_t tiles = c.up.tiles();
-    for (int64_t tile = t.begin(tiles); tile < t.end(tiles); tile++)
-      half_way(t, c.gate, c.up, tile, x, batch_, [&](int64_t b) { return everyones[b]; });
+    const int64_t tiles = t.end(c.up.tiles());
+    for (int64_t tile = t.begin(c.up.tiles()); tile < tiles; tile++) {
+      const int64_t later = tile + c.up.lead();
+      const void* next[] = {later < tiles ? c.up.tile(later) : nullptr,
+                            later < tiles ? c.gate.tile(later) : nullptr};
+      half_way(t, c.gate, c.up, tile, next, x, batch_, [&](int64_t b) { return everyones[b]; });
+    }
     meet(t);
     if (c.num_experts) {
-      route(c, t.routes);
+      route(t, c);
       visit_experts(t, c, x);
       meet(t);
     }
@@ -755,29 +876,33 @@ class Decoder {
     for (int64_t b = 0; b < batch_ && first < last; b++)
       std::fill(answer_[b] + first, answer_[b] + last, 0.f);
     if (c.num_experts) {
-      const int64_t A = c.experts_per_token;
+      const int64_t A = c.experts_per_token, width = end - begin;
       const Vector* hidden =
-          prepare(t.a, expert_hidden_, c.w_up.rows, {&c.w_down}, batch_ * A);
+          prepare(t, 0, expert_hidden_, c.w_up.rows, {&c.w_down}, batch_ * A);
       const Routes& r = t.routes;
-      for (size_t e = 0; e < r.experts.size(); e++) {
+      const int64_t units = int64_t(r.experts.size()) * width, lead = c.w_down.lead();
+      for (int64_t unit = 0; unit < units; unit++) {
+        const int64_t e = unit / width, tile = begin + unit % width, later = unit + lead;
         const int64_t* members = r.members.data() + r.starts[e];
         const int64_t count = r.starts[e + 1] - r.starts[e];
-        for (int64_t i = 0; i < count; i++) t.gathered[i] = hidden[members[i]];
+        for (int64_t i = 0; tile == begin && i < count; i++) t.gathered[i] = hidden[members[i]];
         const Matrix down = c.w_down.at(r.experts[e]);
-        for (int64_t tile = begin; tile < end; tile++) {
-          tile_product(down, tile, t.gathered.data(), count, t.tile.data());
-          for (int64_t i = 0; i < count; i++) {
-            float* to = answer_[members[i] / A] + tile * TILE;
-            for (int64_t j = 0; j < rows_in(down, tile); j++)
-              to[j] += r.weights[members[i]] * t.tile[i * TILE + j];
-          }
+        const void* next = later < units
+            ? c.w_down.at(r.experts[later / width]).tile(begin + later % width) : nullptr;
+        tile_product(down, tile, t.gathered.data(), count, t.tile.data(), next);
+        for (int64_t i = 0; i < count; i++) {
+          float* to = answer_[members[i] / A] + tile * TILE;
+          for (int64_t j = 0; j < rows_in(down, tile); j++)
+            to[j] += r.weights[members[i]] * t.tile[i * TILE + j];
         }
       }
     }
     if (c.down.rows) {
-      const Vector* hidden = prepare(t.b, everyones, c.down.columns, {&c.down});
+      const Vector* hidden = prepare(t, 1, everyones, c.down.columns, {&c.down});
       for (int64_t tile = begin; tile < end; tile++) {
-        tile_product(c.down, tile, hidden, batch_, t.tile.data());
+        const int64_t later = tile + c.down.lead();
+        tile_product(c.down, tile, hidden, batch_, t.tile.data(),
+                     later < end ? c.down.tile(later) : nullptr);
         for (int64_t b = 0; b < batch_; b++)
           for (int64_t j = 0; j < rows_in(c.down, tile); j++)
             answer_[b][tile * TILE + j] += t.tile[b * TILE + j];
@@ -788,15 +913,16 @@ class Decoder {
     meet(t);
   }
 
-  // A tile of an expert's hidden vector for `count` inputs; row i goes to to(i).
+  // A tile of an expert's hidden vector for `count` inputs; row i goes to to(i). `next`: of `up`
+  // and `gate`, what to ask for meanwhile.
   template <class To>
-  void half_way(Thread& t, const Matrix& gate, const Matrix& up, int64_t tile, const Vector* x,
-                int64_t count, To to) {
+  void half_way(Thread& t, const Matrix& gate, const Matrix& up, int64_t tile,
+                const void* const next[2], const Vector* x, int64_t count, To to) {
     float *by_up = t.tile.data(), *by_gate = t.other_tile.data();
-    tile_product(up, tile, x, count, by_up);
+    tile_product(up, tile, x, count, by_up, next[0]);
     const int64_t rows = rows_in(up, tile);
     if (gate.rows) {
-      tile_product(gate, tile, x, count, by_gate);
+      tile_product(gate, tile, x, count, by_gate, next[1]);
       for (int64_t i = 0; i < count; i++) {
         float* y = to(i) + tile * TILE;
 #pragma omp simd
@@ -816,7 +942,10 @@ class Decoder {
     const Routes& r = t.routes;
     const int64_t A = c.experts_per_token, tiles = c.w_up.tiles();
     const int64_t units = int64_t(r.experts.size()) * tiles;
-    const int64_t end = t.end(units);
+    const int64_t end = t.end(units), lead = c.w_up.lead();
+    const auto at = [&](const Matrix& of, int64_t unit) {
+      return of.rows && unit < end ? of.at(r.experts[unit / tiles]).tile(unit % tiles) : nullptr;
+    };
     for (int64_t unit = t.begin(units); unit < end;) {
       const int64_t e = unit / tiles;
       const int64_t* members = r.members.data() + r.starts[e];
@@ -824,21 +953,24 @@ class Decoder {
       for (int64_t i = 0; i < count; i++) t.gathered[i] = x[members[i] / A];
       const Matrix gate = c.w_gate.rows ? c.w_gate.at(r.experts[e]) : c.w_gate;
       const Matrix up = c.w_up.at(r.experts[e]);
-      for (; unit < end && unit / tiles == e; unit++)
-        half_way(t, gate, up, unit % tiles, t.gathered.data(), count,
+      for (; unit < end && unit / tiles == e; unit++) {
+        const void* next[] = {at(c.w_up, unit + lead), at(c.w_gate, unit + lead)};
+        half_way(t, gate, up, unit % tiles, next, t.gathered.data(), count,
                  [&](int64_t i) { return expert_hidden_[members[i]]; });
+      }
     }
   }
 
   // As layers/router.py: the best first, ties to the lower index.
-  void route(const Channel& c, Routes& r) {
+  void route(Thread& t, const Channel& c) {
     const int64_t E = c.num_experts, A = c.experts_per_token;
-    r.ids.resize(batch_ * A);
-    r.weights.resize(batch_ * A);
-    r.preference.resize(2 * E);
-    float *preference = r.preference.data(), *scores = preference + E;
-    for (int64_t b = 0; b < batch_; b++) {
-      float* weights = r.weights.data() + b * A;
+    Choices& chosen = shares_ ? choices_ : t.choices;
+    chosen.reserve(batch_ * A);
+    t.routes.scores.resize(2 * E);
+    float *scores = t.routes.scores.data(), *preference = scores + E;
+    const auto [begin, end] = my_rows(t, batch_);
+    for (int64_t b = begin; b < end; b++) {
+      float* weights = chosen.weights.data() + b * A;
       std::copy(router_[b], router_[b] + E, scores);
       if (c.scoring == BY_SOFTMAX) softmax(scores, E);
       if (c.scoring == BY_SIGMOID)
@@ -847,7 +979,7 @@ class Decoder {
       if (c.num_groups > 1) close_groups(c, preference);
       for (int64_t a = 0; a < A; a++) {
         const int64_t best = std::max_element(preference, preference + E) - preference;
-        r.ids[b * A + a] = best;
+        chosen.ids[b * A + a] = best;
         weights[a] = scores[best] + (c.weighs_with_bias ? c.bias[best] : 0.f);
         preference[best] = -INFINITY;
       }
@@ -860,7 +992,9 @@ class Decoder {
       }
       for (int64_t a = 0; a < A; a++) weights[a] *= float(c.routed_scale);
     }
-    group_by_expert(r);
+    if (shares_) meet(t);
+    t.routes.weights = chosen.weights.data();
+    group_by_expert(t.routes, chosen.ids.data(), batch_ * A, E);
   }
 
   static void softmax(float* x, int64_t n) {
@@ -893,31 +1027,30 @@ class Decoder {
       if (!is_open[e / size]) preference[e] = -INFINITY;
   }
 
-  static void group_by_expert(Routes& r) {
-    r.members.resize(r.ids.size());
-    for (size_t i = 0; i < r.ids.size(); i++) r.members[i] = int64_t(i);
-    std::stable_sort(r.members.begin(), r.members.end(),
-                     [&](int64_t i, int64_t j) { return r.ids[i] < r.ids[j]; });
+  static void group_by_expert(Routes& r, const int64_t* ids, int64_t count, int64_t num_experts) {
+    r.counts.assign(num_experts, 0);
+    for (int64_t i = 0; i < count; i++) r.counts[ids[i]]++;
     r.experts.clear();
-    r.starts.clear();
-    for (size_t i = 0; i < r.members.size(); i++) {
-      const int64_t expert = r.ids[r.members[i]];
-      if (r.experts.empty() || r.experts.back() != expert) {
-        r.experts.push_back(expert);
-        r.starts.push_back(int64_t(i));
-      }
+    r.starts.assign(1, 0);
+    for (int64_t e = 0; e < num_experts; e++) {
+      if (!r.counts[e]) continue;
+      r.experts.push_back(e);
+      r.starts.push_back(r.starts.back() + r.counts[e]);
+      r.counts[e] = r.starts[r.starts.size() - 2];  // from here on: where the next one goes
     }
-    r.starts.push_back(int64_t(r.members.size()));
+    r.members.resize(count);
+    for (int64_t i = 0; i < count; i++) r.members[r.counts[ids[i]]++] = i;
   }
 };
 
 }  // namespace
 
-// Bytes of the three structs, for the caller to compare with its own.
+// Bytes of the four structs, for the caller to compare with its own.
 EXPORT void decoder_sizes(int64_t* sizes) {
   sizes[0] = sizeof(Model);
   sizes[1] = sizeof(Layer);
   sizes[2] = sizeof(LayerState);
+  sizes[3] = sizeof(Batch);
 }
 
 // The description is copied; weights are read where they lie, and must stay there.
@@ -925,8 +1058,8 @@ EXPORT void* decoder_new(const Model* model) { return new Decoder(*model); }
 
 EXPORT void decoder_free(void* decoder) { delete static_cast<Decoder*>(decoder); }
 
-// Read ids [B], one a row, of which row b has read past[b] before; logits [B, vocab].
-EXPORT void decoder_step(void* decoder, const int64_t* ids, int64_t batch, const int64_t* past,
-                         const LayerState* states, float* logits, int threads) {
-  static_cast<Decoder*>(decoder)->step(ids, batch, past, states, logits, threads);
+// Read a token of every row; logits [rows, vocab].
+EXPORT void decoder_step(void* decoder, const Batch* batch, const LayerState* states,
+                         float* logits, int threads) {
+  static_cast<Decoder*>(decoder)->step(*batch, states, logits, threads);
 }

@@ -5,9 +5,11 @@
 // order whatever the number of vectors beside it, and whichever thread has its tile.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "vector.h"
 #if defined(__x86_64__)
@@ -22,6 +24,12 @@ static inline int64_t padded(int64_t n) { return (n + PADDING - 1) / PADDING * P
 
 enum Kind : int64_t { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
+// Ask for what will be needed in about a microsecond, which is this many bytes later. The processor
+// foresees one stream within a page of memory; this crosses pages and goes from one matrix to the
+// next, and nearly doubles what bf16 weights get out of memory.
+constexpr int64_t AHEAD = 8192;
+static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 // A matrix, or the first of several of one shape that lie one after another.
 struct Matrix {
   const void* values;
@@ -32,6 +40,18 @@ struct Matrix {
   int64_t tiles() const { return (rows + TILE - 1) / TILE; }
   int64_t groups() const { return (columns + GROUP - 1) / GROUP; }
   bool is_quantized() const { return kind == INT8 || kind == INT4; }
+  int64_t tile_bytes() const {  // of its values
+    switch (kind) {
+      case FP32: return TILE * columns * 4;
+      case BF16: return TILE * columns * 2;
+      default: return groups() * TILE * (kind == INT8 ? GROUP : GROUP / 2);
+    }
+  }
+  // How many tiles before its turn one is to be asked for.
+  int64_t lead() const { return std::max<int64_t>(1, AHEAD / tile_bytes()); }
+  const uint8_t* tile(int64_t index) const {
+    return static_cast<const uint8_t*>(values) + index * tile_bytes();
+  }
 
   Matrix at(int64_t index) const {  // one of several, such as an expert
     Matrix one = *this;
@@ -84,26 +104,74 @@ static inline vec load_some(const W* p, int64_t count) {  // 0 < count < LANES; 
   return load(room);
 }
 
-// Ask for what will be needed in about a microsecond. The processor foresees one stream within a
-// page of memory; this crosses pages, and nearly doubles what bf16 weights get out of memory.
-constexpr int64_t AHEAD = 8192;
-static inline void prefetch(const void* p) {
-  __builtin_prefetch(static_cast<const char*>(p) + AHEAD, 0, 2);
+constexpr int FEW = 6;  // vectors that share one pass: as many sums as there are registers for
+
+// One of several passes over the same weights, for the vectors from `first`.
+struct Pass {
+  int64_t index, count, first;
+
+  // How far from a piece of the weights lies what is to be asked for there. Each pass sees to its
+  // share of what is `distance` bytes away, so that memory is never idle.
+  int64_t ahead(int64_t piece, int64_t distance) const {
+    return piece % count == index ? distance : 0;
+  }
+};
+
+// visit(pass, how many vectors, as a constant)
+template <class Visit>
+static inline void in_passes(int64_t count, Visit visit) {
+  Pass pass{0, (count + FEW - 1) / FEW, 0};
+  for (; pass.index < pass.count; pass.index++) {
+    const int64_t here = (count - pass.first) / (pass.count - pass.index);
+    switch (here) {
+      case 1: visit(pass, std::integral_constant<int, 1>{}); break;
+      case 2: visit(pass, std::integral_constant<int, 2>{}); break;
+      case 3: visit(pass, std::integral_constant<int, 3>{}); break;
+      case 4: visit(pass, std::integral_constant<int, 4>{}); break;
+      case 5: visit(pass, std::integral_constant<int, 5>{}); break;
+      default: visit(pass, std::integral_constant<int, FEW>{});
+    }
+    pass.first += here;
+  }
+}
+
+// to[i] = sum(from[i])
+static inline void sum_four(const vec from[4], float* to) {
+#if defined(__AVX512F__)
+  // The same order of sums as in `sum`: halves are added until there are four numbers of each.
+  const auto add_halves = [](vec first, vec second) {
+    const __m512 a = (__m512)first, b = (__m512)second;
+    return _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+  };
+  const __m512 ab = add_halves(from[0], from[1]), cd = add_halves(from[2], from[3]);
+  __m512 all = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+  all += _mm512_permute_ps(all, 0x4e);
+  all += _mm512_permute_ps(all, 0xb1);
+  const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, all)));
+#else
+  for (int i = 0; i < 4; i++) to[i] = sum(from[i]);
+#endif
 }
 
 // ROWS rows with COUNT vectors; out[b * TILE + r].
 template <class W, int ROWS, int COUNT>
 static inline __attribute__((always_inline)) void float_rows(const W* w, int64_t columns,
-                                                             const Vector* x, float* out) {
+                                                             const Vector* x, float* out,
+                                                             Pass pass, int64_t to_next) {
   constexpr int64_t LINE = 64 / sizeof(W);  // numbers
   const float* from[COUNT];
+  int64_t ahead[ROWS];
 #pragma GCC unroll 8
   for (int b = 0; b < COUNT; b++) from[b] = x[b].values;
-  vec total[ROWS][COUNT] = {};
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++) ahead[r] = pass.ahead(r, to_next);
+  vec total[COUNT][ROWS] = {};
   int64_t k = 0;
   for (; k + LINE <= columns; k += LINE) {
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) prefetch(w + r * columns + k);
+    for (int r = 0; r < ROWS; r++)
+      prefetch(reinterpret_cast<const char*>(w + r * columns + k) + ahead[r]);
 #pragma GCC unroll 8
     for (int64_t i = k; i < k + LINE; i += LANES) {
       vec left[ROWS];
@@ -113,7 +181,7 @@ static inline __attribute__((always_inline)) void float_rows(const W* w, int64_t
       for (int b = 0; b < COUNT; b++) {
         vec right = load(from[b] + i);
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++) total[r][b] += left[r] * right;
+        for (int r = 0; r < ROWS; r++) total[b][r] += left[r] * right;
       }
     }
   }
@@ -124,35 +192,29 @@ static inline __attribute__((always_inline)) void float_rows(const W* w, int64_t
       const W* at = w + r * columns + k;
       vec left = rest < LANES ? load_some(at, rest) : load(at);
 #pragma GCC unroll 8
-      for (int b = 0; b < COUNT; b++) total[r][b] += left * load(from[b] + k);
+      for (int b = 0; b < COUNT; b++) total[b][r] += left * load(from[b] + k);
     }
   }
 #pragma GCC unroll 8
-  for (int b = 0; b < COUNT; b++)
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) out[b * TILE + r] = sum(total[r][b]);
-}
-
-template <class W, int ROWS>
-static inline void float_rows(const W* w, int64_t columns, const Vector* x, int64_t count,
-                              float* out) {
-  for (; count > 0; x += 4, out += 4 * TILE, count -= 4) {
-    switch (count) {
-      case 1: float_rows<W, ROWS, 1>(w, columns, x, out); break;
-      case 2: float_rows<W, ROWS, 2>(w, columns, x, out); break;
-      case 3: float_rows<W, ROWS, 3>(w, columns, x, out); break;
-      default: float_rows<W, ROWS, 4>(w, columns, x, out);
-    }
+  for (int b = 0; b < COUNT; b++) {
+    if constexpr (ROWS == 4) sum_four(total[b], out + b * TILE);
+    else out[b * TILE] = sum(total[b][0]);
   }
 }
 
 template <class W>
 static void float_tile(const void* values, int64_t rows, int64_t columns, const Vector* x,
-                       int64_t count, float* out) {
+                       int64_t count, float* out, int64_t to_next) {
   const W* w = static_cast<const W*>(values);
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) float_rows<W, 4>(w + r * columns, columns, x, count, out + r);
-  for (; r < rows; r++) float_rows<W, 1>(w + r * columns, columns, x, count, out + r);
+  for (int64_t r = 0; r < rows; r += r + 4 <= rows ? 4 : 1)
+    in_passes(count, [&](Pass pass, auto constant) {
+      constexpr int N = decltype(constant)::value;
+      const W* from = w + r * columns;
+      const Vector* with = x + pass.first;
+      float* to = out + pass.first * TILE + r;
+      if (r + 4 <= rows) float_rows<W, 4, N>(from, columns, with, to, pass, to_next);
+      else float_rows<W, 1, N>(from, columns, with, to, pass, to_next);
+    });
 }
 
 // --- quantised ------------------------------------------------------------------------------
@@ -313,18 +375,20 @@ static inline void add_scaled(Lanes& total, Sums s, Lanes weight_scale, float sc
 #endif
 
 template <int BITS, int COUNT>
-static void quantized_tile(const void* values, const uint16_t* scales, int64_t groups,
-                           const Vector* x, float* out) {
+static void quantized_pass(const uint8_t* w, const uint16_t* scales, int64_t groups,
+                           const Vector* x, float* out, Pass pass,
+                           int64_t to_next) {
   constexpr int STEPS = BITS == 8 ? 8 : 4, SHIFT = BITS == 8 ? 7 : 3;  // codes lie around 2^SHIFT
-  const uint8_t* w = static_cast<const uint8_t*>(values);
+  constexpr int64_t GROUP_BYTES = STEPS * 64;
   Lanes total[COUNT];
 #pragma GCC unroll 8
   for (int b = 0; b < COUNT; b++) total[b] = zero_lanes();
-  for (int64_t g = 0; g < groups; g++, w += STEPS * 64, scales += TILE) {
+  for (int64_t g = 0; g < groups; g++, w += GROUP_BYTES, scales += TILE) {
+    const uint8_t* next = w + pass.ahead(g, to_next);
     Codes codes[8];
 #pragma GCC unroll 8
     for (int j = 0; j < STEPS; j++) {
-      prefetch(w + j * 64);
+      prefetch(next + j * 64);
       Codes read = load_codes(w + j * 64);
       if (BITS == 8) {
         codes[j] = read;
@@ -352,39 +416,33 @@ static void quantized_tile(const void* values, const uint16_t* scales, int64_t g
 }
 
 template <int BITS>
-static void quantized_tile(const void* values, const uint16_t* scales, int64_t groups,
-                           const Vector* x, int64_t count, float* out) {
-  for (; count > 0; x += 4, out += 4 * TILE, count -= 4) {
-    switch (count) {
-      case 1: quantized_tile<BITS, 1>(values, scales, groups, x, out); break;
-      case 2: quantized_tile<BITS, 2>(values, scales, groups, x, out); break;
-      case 3: quantized_tile<BITS, 3>(values, scales, groups, x, out); break;
-      default: quantized_tile<BITS, 4>(values, scales, groups, x, out);
-    }
-  }
+static void quantized_tile(const uint8_t* w, const uint16_t* scales, int64_t groups,
+                           const Vector* x, int64_t count, float* out, int64_t to_next) {
+  in_passes(count, [&](Pass pass, auto constant) {
+    quantized_pass<BITS, decltype(constant)::value>(w, scales, groups, x + pass.first,
+                                                    out + pass.first * TILE, pass, to_next);
+  });
 }
 
 // One tile of outputs for `count` vectors: out[b * 16 + row]. What lies beyond the last row is
-// unspecified. The tile is read from memory once; more than four vectors find it in the cache.
+// unspecified. The tile is read from memory once, and meanwhile the one at `next` is asked for.
 static void tile_product(const Matrix& m, int64_t tile, const Vector* x, int64_t count,
-                         float* out) {
-  const int64_t first = tile * TILE, rows = m.rows - first < TILE ? m.rows - first : TILE;
-  const char* values = static_cast<const char*>(m.values);
-  if (m.kind == FP32)
-    return float_tile<float>(values + first * m.columns * 4, rows, m.columns, x, count, out);
-  if (m.kind == BF16)
-    return float_tile<bf16>(values + first * m.columns * 2, rows, m.columns, x, count, out);
-  const int64_t groups = m.groups();
+                         float* out, const void* next = nullptr) {
+  const int64_t rows = std::min<int64_t>(TILE, m.rows - tile * TILE), groups = m.groups();
+  const uint8_t* values = m.tile(tile);
+  const int64_t to_next = next ? static_cast<const uint8_t*>(next) - values : 0;
+  if (m.kind == FP32) return float_tile<float>(values, rows, m.columns, x, count, out, to_next);
+  if (m.kind == BF16) return float_tile<bf16>(values, rows, m.columns, x, count, out, to_next);
   const uint16_t* scales = static_cast<const uint16_t*>(m.scales) + tile * groups * TILE;
-  if (m.kind == INT8)
-    return quantized_tile<8>(values + tile * groups * 512, scales, groups, x, count, out);
-  quantized_tile<4>(values + tile * groups * 256, scales, groups, x, count, out);
+  if (m.kind == INT8) return quantized_tile<8>(values, scales, groups, x, count, out, to_next);
+  quantized_tile<4>(values, scales, groups, x, count, out, to_next);
 }
 
 // Round n numbers, padded with zeros, for a quantised matrix; `Vector` says what is what. A group
 // that holds NaN or infinity gets the scale NaN.
 static inline void quantize(const float* x, int64_t n, int8_t* codes, float* scales,
                             int32_t* sums) {
+  typedef int8_t bytes __attribute__((vector_size(LANES)));
   const ivec no_sign = ivec{} + 0x7fffffff;
   for (int64_t g = 0; g * GROUP < n; g++, x += GROUP, codes += GROUP) {
     vec largest = {}, damage = {};
@@ -402,7 +460,8 @@ static inline void quantize(const float* x, int64_t n, int8_t* codes, float* sca
       vec rounded = (load(x + i) * inverse + shift);
       ivec code = (ivec)rounded - (ivec)shift;
       total += code;
-      for (int j = 0; j < LANES; j++) codes[i + j] = int8_t(code[j]);
+      const bytes narrow = __builtin_convertvector(code, bytes);
+      memcpy(codes + i, &narrow, sizeof narrow);
     }
     int32_t all = 0;
     for (int i = 0; i < LANES; i++) all += total[i];
@@ -411,38 +470,52 @@ static inline void quantize(const float* x, int64_t n, int8_t* codes, float* sca
   }
 }
 
+// Some vectors of columns of y[b] += sum over `rows` of c[b][r] W[r], for COUNT of the b.
+template <class W, int COUNT, int VECS>
+static inline void add_columns(const W* w, int64_t rows, int64_t row_stride, const float* c,
+                               int64_t c_stride, float* y, int64_t y_stride) {
+  vec total[COUNT][VECS];
+#pragma GCC unroll 8
+  for (int b = 0; b < COUNT; b++)
+#pragma GCC unroll 8
+    for (int j = 0; j < VECS; j++) total[b][j] = load(y + b * y_stride + j * LANES);
+  for (int64_t r = 0; r < rows; r++, w += row_stride) {
+    vec left[VECS];
+#pragma GCC unroll 8
+    for (int j = 0; j < VECS; j++) {
+      prefetch(w + 8 * row_stride + j * LANES);
+      left[j] = load(w + j * LANES);
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < COUNT; b++) {
+      const vec by = splat(c[b * c_stride + r]);
+#pragma GCC unroll 8
+      for (int j = 0; j < VECS; j++) total[b][j] += left[j] * by;
+    }
+  }
+#pragma GCC unroll 8
+  for (int b = 0; b < COUNT; b++)
+#pragma GCC unroll 8
+    for (int j = 0; j < VECS; j++) store(y + b * y_stride + j * LANES, total[b][j]);
+}
+
 // y[b][0..columns) += sum over `rows` of c[b][r] W[r][0..columns), for a W that is not quantised.
 template <class W>
 static void add_rows(const W* w, int64_t rows, int64_t columns, int64_t row_stride,
                      const float* c, int64_t c_stride, int64_t count, float* y,
                      int64_t y_stride) {
-  constexpr int64_t WIDE = 128;  // columns at a time: what is added to stays in the first cache
-  for (int64_t n = 0; n < columns; n += WIDE) {
-    const int64_t width = columns - n < WIDE ? columns - n : WIDE;
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) {
-      const W* from = w + r * row_stride + n;
-      int64_t k = 0;
-      for (; k + LANES <= width; k += LANES) {
-        vec a = load(from + k), b = load(from + row_stride + k);
-        vec d = load(from + 2 * row_stride + k), e = load(from + 3 * row_stride + k);
-        for (int64_t i = 0; i < count; i++) {
-          const float* by = c + i * c_stride + r;
-          float* to = y + i * y_stride + n + k;
-          vec total = load(to) + a * splat(by[0]);
-          total += b * splat(by[1]);
-          total += d * splat(by[2]);
-          store(to, total + e * splat(by[3]));
-        }
-      }
-      for (; k < width; k++)
-        for (int64_t i = 0; i < count; i++)
-          for (int j = 0; j < 4; j++)
-            y[i * y_stride + n + k] += c[i * c_stride + r + j] * to_float(from[j * row_stride + k]);
-    }
-    for (; r < rows; r++)
-      for (int64_t i = 0; i < count; i++)
-        for (int64_t k = 0; k < width; k++)
-          y[i * y_stride + n + k] += c[i * c_stride + r] * to_float(w[r * row_stride + n + k]);
-  }
+  in_passes(count, [&](Pass pass, auto constant) {
+    constexpr int N = decltype(constant)::value, WIDE = N <= 2 ? 8 : 4;
+    const float* by = c + pass.first * c_stride;
+    float* to = y + pass.first * y_stride;
+    int64_t k = 0;
+    for (; k + WIDE * LANES <= columns; k += WIDE * LANES)
+      add_columns<W, N, WIDE>(w + k, rows, row_stride, by, c_stride, to + k, y_stride);
+    for (; k + LANES <= columns; k += LANES)
+      add_columns<W, N, 1>(w + k, rows, row_stride, by, c_stride, to + k, y_stride);
+    for (; k < columns; k++)
+      for (int64_t b = 0; b < N; b++)
+        for (int64_t r = 0; r < rows; r++)
+          to[b * y_stride + k] += by[b * c_stride + r] * to_float(w[r * row_stride + k]);
+  });
 }

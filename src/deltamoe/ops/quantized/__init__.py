@@ -18,8 +18,8 @@ codes stand so that one load serves all 16 outputs:
 A matrix, an expert and a tile each lie in one piece, so they can be memory-mapped, cut out along
 the leading axes, and read from end to end.
 
-Lives here: the format (``quantize``, ``dequantize``) and ``linear``; the CPU's product for a few
-rows is ``native.py`` over ``ops/native/matvec.cpp``.
+Lives here: the format (``quantize``, ``dequantize``) and ``linear``; on the CPU products of a few
+rows, and unpacking for those of many, are ``native.py`` over ``ops/native/matvec.cpp``.
 May import: ``deltamoe.errors`` and the rest of ``deltamoe.ops``.
 """
 
@@ -32,7 +32,7 @@ from deltamoe.ops.quantized.format import (
     quantize,
     quantize_activations,
 )
-from deltamoe.ops.quantized.product import linear
+from deltamoe.ops.quantized.product import has_few_rows, linear, unpack
 
 __all__ = [
     "BITS",
@@ -40,7 +40,9 @@ __all__ = [
     "TILE",
     "QuantizedWeight",
     "dequantize",
+    "has_few_rows",
     "linear",
     "quantize",
     "quantize_activations",
+    "unpack",
 ]

@@ -1,7 +1,7 @@
-"""Products of a quantised weight on the CPU, in C++.
+"""Products of a quantised weight on the CPU, in C++, and the matrix it stands for.
 
-The rows are rounded to 8 bits in groups of 32 (``quantize_activations``); sums within a group are
-exact, and everything else is fp32.
+In products the rows are rounded to 8 bits in groups of 32 (``quantize_activations``); sums within a
+group are exact, and everything else is fp32.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from deltamoe.ops.native import open_library
 from deltamoe.ops.native.arguments import num_threads
 from deltamoe.ops.quantized.format import QuantizedWeight
 
-__all__ = ["Matrix", "matrix_of", "multiply"]
+__all__ = ["Matrix", "matrix_of", "multiply", "unpack"]
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -52,6 +52,8 @@ def _library() -> ctypes.CDLL:
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     library.matvec.argtypes = [pointer, pointer, whole, whole, pointer, whole, ctypes.c_int]
     library.matvec.restype = None
+    library.unpack.argtypes = [pointer, whole, pointer, ctypes.c_int, ctypes.c_int]
+    library.unpack.restype = None
     return library
 
 
@@ -66,3 +68,15 @@ def multiply(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
         num_threads(matrix.rows * matrix.columns),
     )
     return y
+
+
+def unpack(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """``dequantize`` in fp32 or bf16, bit for bit."""
+    matrix = matrix_of(weight)
+    unpacked = torch.empty(weight.shape, dtype=dtype)
+    _library().unpack(
+        ctypes.byref(matrix),
+        *(weight.shape[:-2].numel(), unpacked.data_ptr(), _KINDS[dtype]),
+        num_threads(unpacked.numel()),
+    )
+    return unpacked
