@@ -3,6 +3,7 @@
 #   make demo    train a small model on real text for some minutes, then talk to it
 #   make test    run the tests             make check   format, lint, types
 #   make bench   speed and memory          make docs    the API reference, in build/docs
+#   make bench-large   the same with a billion parameters (15 GB of disk)
 #   make size    the largest files         make test-mlx   parity with mlx-lm (downloads it)
 #
 # PYTHON=python3.12 chooses the interpreter; VENV=… chooses the environment's folder.
@@ -13,7 +14,8 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 WORKERS ?= 2
 
-.PHONY: setup demo test test-slow test-gpu test-mlx check bench bench-quality bench-experts docs size clean
+.PHONY: setup demo test test-slow test-gpu test-mlx check docs size clean
+.PHONY: bench bench-large bench-quality bench-experts
 
 setup: $(VENV)/.dev
 
@@ -27,6 +29,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.ready
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# the explorer's page is tested in a real browser
+	@command -v chromium >/dev/null || if [ "$$(id -u)" = 0 ]; then \
+	  apt-get -q update >/dev/null && apt-get -qy --no-install-recommends install chromium >/dev/null; \
+	  else echo 'the browser tests are skipped without Chromium: sudo apt-get install chromium'; fi
 	@touch $@
 
 $(VENV)/.text: $(VENV)/.ready
@@ -64,6 +70,13 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_kda.py
 	$(BIN)/python benchmarks/bench_training.py
 	$(BIN)/python -m benchmarks.bench_decode --threads 2
+	$(BIN)/python -m benchmarks.bench_prefill
+	$(BIN)/python -m benchmarks.bench_depth
+
+bench-large: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.large build/large
+	$(BIN)/python -m benchmarks.bench_decode_large build/large
+	$(BIN)/python -m benchmarks.bench_load build/large
 
 bench-quality: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_quality.py $(TEXT)
