@@ -211,3 +211,35 @@ def test_nothing_in_the_folder_is_run_or_written(published):
     before = sorted(path.name for path in published.iterdir())
     assert verify(published).is_good
     assert sorted(path.name for path in published.iterdir()) == before
+
+
+def test_an_engine_is_proved(run, capsys):
+    assert main(["verify", str(run), "--engine", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["is_right"]
+    assert {way["diverges_at"] for way in report["ways"]} == {None}
+    assert main(["verify", str(run), "--engine"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(report["ways"])
+    assert any("forked" in line and "equal to the last bit" in line for line in lines)
+
+
+def test_a_wrong_engine_is_told(run, capsys, monkeypatch):
+    from deltamoe.engine.state_pool import StatePool
+
+    snapshot = StatePool.snapshot
+
+    def forgetful(pool, handle):
+        taken = snapshot(pool, handle)
+        taken.memory.mul_(1.01)
+        return taken
+
+    monkeypatch.setattr(StatePool, "snapshot", forgetful)
+    assert main(["verify", str(run), "--engine"]) == 1
+    captured = capsys.readouterr()
+    assert "WRONG" in captured.out
+    assert "did not answer alike" in captured.err
+
+
+def test_an_engine_needs_the_model(run, capsys):
+    assert main(["verify", str(run), "--engine", "--no-forward"]) == 2

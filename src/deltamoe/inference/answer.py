@@ -28,20 +28,27 @@ class StopFilter:
                 "stop = '': expected text; an empty stop string stops before it began"
             )
         self.stop = tuple(stop)
-        self.is_stopped = False
+        self.matched: str | None = None
         self._held = ""
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string came."""
+        return self.matched is not None
 
     def push(self, text: str) -> str:
         """Take more text; return what is certain to stand before any stop string."""
+        if not self.stop:
+            return text
         self._held += text
         found = [
-            (start + len(stop), start)
+            (start + len(stop), start, stop)
             for stop in self.stop
             if (start := self._held.find(stop)) >= 0
         ]
         if found:
-            self.is_stopped = True
-            return self._release(min(found)[1])
+            _, start, self.matched = min(found)
+            return self._release(start)
         return self._release(len(self._held) - self._num_undecided())
 
     def finish(self) -> str:
@@ -68,32 +75,53 @@ class StopFilter:
 class Answer:
     """What one row has written so far.
 
+    Args:
+        tokenizer: decodes the ids.
+        max_tokens: most ids that may be drawn.
+        stop: strings that end the row.
+        stop_ids: ids that end it, beside the tokenizer's own.
+        ignores_end: go on behind the tokenizer's own.
+
     Attributes:
         ids: every id drawn, the stop id that ended it left out; it includes the ids whose text a
             stop string cut off.
         text: the text let through so far.
-        finish_reason: None while the row goes on; "stop" (a stop string came), "length"
-            (``max_tokens`` are reached) or "end" (the model drew one of ``stop_ids``).
+        finish_reason: None while the row goes on; "stop" (a stop string came, or one of
+            ``stop_ids``), "length" (``max_tokens`` are reached) or "end" (the model drew one of the
+            tokenizer's own).
+        matched_stop: the stop string or stop id behind "stop" and "end"; None otherwise.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, max_tokens: int, stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        max_tokens: int,
+        stop: Sequence[str],
+        stop_ids: Sequence[int] = (),
+        ignores_end: bool = False,
+    ) -> None:
         self.ids: list[int] = []
         self.text = ""
         self.finish_reason: FinishReason | None = "length" if max_tokens == 0 else None
-        self._stop_ids = tokenizer.stop_ids
+        self.matched_stop: str | int | None = None
+        self._stop_ids = frozenset(stop_ids)
+        self._end_ids = frozenset() if ignores_end else tokenizer.stop_ids
         self._max_tokens = max_tokens
         self._decoder = StreamDecoder(tokenizer)
         self._stop_filter = StopFilter(stop)
 
     def push(self, token_id: int) -> str:
         """Take one drawn id; return the text that has become certain."""
-        if token_id in self._stop_ids:
-            piece = self._finish("end")
+        if token_id in self._stop_ids or token_id in self._end_ids:
+            piece = self._finish("stop" if token_id in self._stop_ids else "end")
+            self.matched_stop = token_id
         else:
             self.ids.append(token_id)
             piece = self._stop_filter.push(self._decoder.push(token_id))
             if self._stop_filter.is_stopped:
                 self.finish_reason = "stop"
+                self.matched_stop = self._stop_filter.matched
             elif len(self.ids) == self._max_tokens:
                 piece += self._finish("length")
         self.text += piece

@@ -1,7 +1,8 @@
 """How the next token is chosen from the logits.
 
-A rule is a small frozen value that turns logits into logits. ``Sampler`` checks the numbers a
-person gave, puts the rules they ask for in order, and draws one id a row:
+A rule is a small frozen value that turns logits into logits; its number may be one for all rows,
+or a tensor with one a row. ``Sampler`` checks the numbers a person gave, puts the rules they ask
+for in order, and draws one id a row:
 
     RepetitionPenalty -> Greedy
     RepetitionPenalty -> Temperature -> TopK -> TopP -> MinP
@@ -16,7 +17,6 @@ min-p, Nguyen et al. (arXiv 2407.01082).
 # ruff: noqa: D102  (a rule's class says what calling it does)
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -37,6 +37,7 @@ __all__ = [
     "Temperature",
     "TopK",
     "TopP",
+    "draw",
 ]
 
 Logits = Float[Tensor, "B vocab"]
@@ -70,7 +71,7 @@ class Greedy:
 class Temperature:
     """Divide the logits: below 1 sharpens the choice, above 1 flattens it."""
 
-    temperature: float
+    temperature: float | Float[Tensor, "B 1"]
 
     def __call__(self, logits: Logits, seen: Seen) -> Logits:
         # The maximum goes first, so that no quotient overflows upwards.
@@ -81,10 +82,12 @@ class Temperature:
 class TopK:
     """Keep the ``k`` most likely ids, and whatever ties with the last of them."""
 
-    k: int
+    k: int | Int[Tensor, "B"]
 
     def __call__(self, logits: Logits, seen: Seen) -> Logits:
-        weakest = logits.topk(min(self.k, logits.shape[-1])).values[:, -1:]
+        k = torch.as_tensor(self.k, device=logits.device).clamp(max=logits.shape[-1])
+        best = logits.topk(int(k.max())).values
+        weakest = best.gather(-1, k.expand(len(logits))[:, None] - 1)
         return logits.masked_fill(logits < weakest, -torch.inf)
 
 
@@ -92,7 +95,7 @@ class TopK:
 class TopP:
     """Keep the fewest most likely ids whose probabilities reach ``p`` together."""
 
-    p: float
+    p: float | Float[Tensor, "B 1"]
 
     def __call__(self, logits: Logits, seen: Seen) -> Logits:
         ordered, ids = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
@@ -107,11 +110,25 @@ class TopP:
 class MinP:
     """Keep the ids at least ``p`` times as likely as the most likely one."""
 
-    p: float
+    p: float | Float[Tensor, "B 1"]
 
     def __call__(self, logits: Logits, seen: Seen) -> Logits:
-        weakest = logits.amax(dim=-1, keepdim=True) + math.log(self.p)
+        weakest = logits.amax(dim=-1, keepdim=True) + torch.as_tensor(self.p).log().to(logits)
         return logits.masked_fill(logits < weakest, -torch.inf)
+
+
+def draw(logits: Logits, numbers: Float[Tensor, "B"]) -> Int[Tensor, "B"]:
+    """Draw one id a row by inverse transform.
+
+    Args:
+        logits: -inf for what is ruled out.
+        numbers: in [0, 1), with at most 40 bits behind the point; one a row.
+    """
+    # fp64, because in fp32 the running sum over a large vocabulary loses the rare ids. With so few
+    # bits a number is far enough below 1 that the whole sum is not reached.
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    threshold = numbers.to(cumulative)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -222,9 +239,5 @@ class Sampler:
         logits = logits.float()
         for rule in self.rules:
             logits = rule(logits, seen)
-        # Inverse transform, one number a row. fp64, because in fp32 the running sum over a large
-        # vocabulary loses the rare ids. A draw is at most 1 - 2**-24: the whole sum is not reached.
-        cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-        draws = torch.stack([torch.rand((), generator=generator) for generator in generators])
-        threshold = draws.to(cumulative)[:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+        numbers = torch.stack([torch.rand((), generator=generator) for generator in generators])
+        return draw(logits, numbers)

@@ -1,0 +1,543 @@
+"""The engine without its thread: ``step`` moves every request on a little.
+
+A step starts who may start, reads chunks of prompts, and then one token of everybody who is
+writing. A request that fails, fails alone; an exception that leaves ``step`` is the engine's own.
+Knows nothing of threads or of who is listening.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from deltamoe.engine.errors import ContextTooLongError
+from deltamoe.engine.grammar import GrammarCompiler, Matcher
+from deltamoe.engine.options import EngineOptions
+from deltamoe.engine.reader import Batch, Reader
+from deltamoe.engine.request import Choice, FinishReason, Piece, Request, Result, Timings
+from deltamoe.engine.sampling import Sampling
+from deltamoe.engine.scheduler import Scheduler
+from deltamoe.engine.sequence import Job, Listener, Sequence
+from deltamoe.engine.snapshots import Kept, Snapshots
+from deltamoe.engine.state_pool import PoolSize, StatePool
+from deltamoe.errors import ConfigError, DeltamoeError
+from deltamoe.inference import TextState
+from deltamoe.model import HybridLM
+from deltamoe.tokenizer import Tokenizer, check_fit
+
+__all__ = ["Core", "Counters"]
+
+_HEAD_ROWS = 64
+"""Tokens of a prompt that are scored at once, so that their logits stay small."""
+
+_LAST = 1 << 62
+_CHUNK_PER_GAIN = 8
+"""A state is kept, or a prompt cut for one, if it saves this part of a chunk at least."""
+
+
+@dataclass
+class Counters:
+    """What an engine has done since it began; all of it only grows.
+
+    Attributes:
+        num_steps: of the loop.
+        num_prompt_tokens: read in chunks, those read again included.
+        num_generated_tokens: drawn.
+        num_cached_tokens: of prompts, that a kept state made it unnecessary to read.
+        num_replayed_tokens: of prompts, known and read nevertheless.
+        num_audits: requests that were computed again.
+        num_audit_mismatches: of these, that gave another answer.
+        num_preemptions: sequences that had to give way.
+        num_rebuilt: sequences that had lost their state, and were read again.
+        num_finished, num_cancelled, num_failed: requests.
+        prefill_s, decode_s, sample_s: time spent.
+    """
+
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_replayed_tokens: int = 0
+    num_audits: int = 0
+    num_audit_mismatches: int = 0
+    num_preemptions: int = 0
+    num_rebuilt: int = 0
+    num_finished: int = 0
+    num_cancelled: int = 0
+    num_failed: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    sample_s: float = 0.0
+
+
+class Core:
+    """A model, its states, and whose turn it is.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the one it was trained with.
+        options: the limits.
+
+    Attributes:
+        size: how the budget was divided.
+        counters: what was done.
+        sampling: how ids are chosen.
+    """
+
+    def __init__(self, model: HybridLM, tokenizer: Tokenizer, options: EngineOptions) -> None:
+        check_fit(tokenizer, model.config.vocab_size)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.options = options
+        self.size = PoolSize.of(model, options)
+        self.pool = StatePool(model, self.size)
+        self.snapshots = Snapshots(self.pool)
+        self.scheduler = Scheduler()
+        self.reader = Reader(model, self.pool)
+        self.counters = Counters()
+        self._batch = Batch(self.size.num_slots)
+        self.sampling = Sampling(tokenizer, model.embedding.weight.device)
+        self._grammars = GrammarCompiler(tokenizer)
+        self._least_gain = max(options.prefill_chunk // _CHUNK_PER_GAIN, 1)
+        self._num_jobs = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.has_work
+
+    def prepare(self, request: Request) -> Matcher | None:
+        """Refuse what could never be answered, and compile a grammar; any thread may call this.
+
+        Raises:
+            ContextTooLongError: prompt and answer do not fit into a sequence.
+            ConfigError: an id outside the vocabulary, or a grammar that cannot be understood.
+            BackendUnavailableError: a grammar, and llguidance is not installed.
+        """
+        before = 0 if request.state is None else request.state.num_tokens
+        length = before + len(request.prompt) + request.max_tokens
+        if length > self.size.context:
+            raise ContextTooLongError(
+                f"a text of {before + len(request.prompt)} tokens and {request.max_tokens} more: "
+                f"this engine's context is {self.size.context} tokens; shorten the prompt or "
+                "lower max_tokens"
+            )
+        vocab_size = self.tokenizer.vocab_size
+        for name, ids in (
+            ("prompt", request.prompt),
+            ("logit_bias", request.logit_bias),
+            ("stop_ids", request.stop_ids),
+        ):
+            if any(not 0 <= token_id < vocab_size for token_id in ids):
+                raise ConfigError(f"{name}: expected token ids from 0 to {vocab_size - 1}")
+        return self._grammars.matcher(request)
+
+    def add(
+        self,
+        request: Request,
+        listener: Listener,
+        matcher: Matcher | None = None,
+        *,
+        audited: Job | None = None,
+    ) -> Job:
+        """Take a request.
+
+        Args:
+            request: one that ``prepare`` let pass.
+            listener: is told what becomes of it.
+            matcher: what ``prepare`` answered.
+            audited: a finished job that this one repeats, reading the prompt by the same steps;
+                everything else goes first.
+        """
+        order = self._num_jobs if audited is None else _LAST
+        job = Job(request, listener, self.tokenizer, order=order)
+        self._num_jobs += 1
+        first = job.sequences[0]
+        if audited is not None:
+            job.is_audit, job.seed = True, audited.seed
+            first.cuts, first.is_bound = list(audited.prompt_cuts), True
+        if matcher is not None:
+            for sequence in job.sequences:
+                sequence.matcher = matcher.copy()
+        self.scheduler.add(first)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """End a request as it stands; its choices so far are its result."""
+        if len(job.choices) == len(job.sequences):
+            return
+        for sequence in job.sequences:
+            if sequence.index not in job.choices:
+                self._let_go(sequence)
+                job.choices[sequence.index] = self._choice(sequence, "cancelled")
+        self._close(job)
+        self.counters.num_cancelled += not job.is_audit
+        job.listener.on_result(self._result(job))
+
+    def fail(self, job: Job, error: BaseException) -> None:
+        """End a request with an error."""
+        for sequence in job.sequences:
+            self._let_go(sequence)
+        self._close(job)
+        self.counters.num_failed += not job.is_audit
+        job.listener.on_error(error)
+
+    def step(self) -> None:
+        """Move every request on."""
+        self.counters.num_steps += 1
+        with torch.inference_mode():
+            self._start()
+            self._read_prompts()
+            self._write()
+
+    # Starting
+
+    def _start(self) -> None:
+        while self.scheduler.waiting and self.pool.num_free_slots:
+            sequence = self.scheduler.waiting[0]
+            kept = self._kept_for(sequence)
+            if self._pages_to_start(sequence, kept) > self.pool.num_free_pages:
+                return
+            self.scheduler.start()
+            self._place(sequence, kept)
+
+    def _kept_for(self, sequence: Sequence) -> Kept | None:
+        """The state a sequence can go on from: its own, its prompt's, or a prefix of it."""
+        for own in (sequence.parked, sequence.job.fork):
+            if own is not None and own.snapshot is not None:
+                return own
+        job, step = sequence.job, self.options.prefill_chunk
+        if not job.request.reuse or job.request.prompt_logprobs is not None:
+            return None  # scoring a prompt needs to read it
+        cuts = None
+        if sequence.is_bound:
+            cuts = tuple(sequence.cuts)
+        elif self.options.exact_reuse:
+            cuts = sequence.cold_cuts(step)
+        last = sequence.num_prompt - 1
+        kept, num_known = self.snapshots.find(job.scope, job.ids, limit=last, cuts=cuts)
+        if not sequence.is_bound:
+            # Where two texts part, a state is worth keeping: a third one may come that way.
+            sequence.num_known = num_known = min(num_known, last)
+            if self.options.exact_reuse:
+                num_known -= num_known % step
+            length = kept.snapshot.length - job.num_before if kept and kept.snapshot else 0
+            sequence.extra_cut = num_known if num_known - length >= self._least_gain else 0
+        return kept
+
+    def _pages_to_start(self, sequence: Sequence, kept: Kept | None) -> int:
+        """Pages for the whole prompt, and for the next token of a text that is further."""
+        pool, before = self.pool, sequence.job.num_before
+        length = before + sequence.num_prompt
+        if kept is None or kept.snapshot is None:
+            return pool.pages_for(length)
+        length = max(length, kept.snapshot.length + 1)
+        own = pool.pages_for(length) - len(kept.snapshot.pages)
+        return own + pool.pages_to_restore(kept.snapshot)
+
+    def _place(self, sequence: Sequence, kept: Kept | None) -> None:
+        """Give a sequence its place in the pool, and what it goes on from."""
+        job, before = sequence.job, sequence.job.num_before
+        is_own = kept is not None and kept in (sequence.parked, job.fork)
+        self.counters.num_rebuilt += sequence.is_bound and not is_own
+        if kept is not None and kept.snapshot is not None:
+            handle = self.pool.restore(kept.snapshot)
+        else:
+            handle = self.pool.acquire()
+            if job.request.state is not None and job.request.state.state is not None:
+                self.pool.reserve(handle, before)
+                self.pool.write(handle, job.request.state.state, before)
+                sequence.handle = handle
+                self._keep(sequence)
+        self.pool.reserve(handle, max(before + sequence.num_prompt, handle.length + 1))
+        sequence.handle = handle
+        sequence.num_read = handle.length - before
+        sequence.is_fresh = True
+        if not sequence.is_bound:
+            sequence.cuts = list(kept.cuts) if kept is not None else []
+            job.num_cached_tokens = sequence.num_read
+            job.num_replayed_tokens = max(sequence.num_known - sequence.num_read, 0)
+        if job.started is None:
+            job.started = time.perf_counter()
+        self._forget_parked(sequence)
+        if job.has_forked and all(each.has_begun for each in job.sequences):
+            self._close(job)
+        self._go_on(sequence)
+
+    def _go_on(self, sequence: Sequence) -> None:
+        """A sequence has been placed, or has read a chunk: what comes next?"""
+        if sequence.is_prefilling:
+            return
+        if sequence.num_read >= sequence.prefill_end and not sequence.answer.ids:
+            self._prompt_was_read(sequence)
+        if sequence.handle is not None and not sequence.is_prefilling:
+            self._batch.add(sequence)
+
+    # Reading prompts
+
+    def _read_prompts(self) -> None:
+        """Read chunks until the step's tokens are spent; one at least, whatever its size."""
+        left = self.options.step_tokens
+        begin = time.perf_counter()
+        while left > 0 and (sequence := self.scheduler.next_prompt()):
+            if sequence.is_fresh:
+                self._look_again(sequence)
+            if sequence.handle is None or not sequence.is_prefilling:
+                continue
+            num_read = sequence.num_read
+            try:
+                self._read_chunk(sequence)
+            except Exception as error:  # only this sequence's state was touched
+                self.fail(sequence.job, error)
+            left -= max(sequence.num_read - num_read, 1)
+        self.counters.prefill_s += time.perf_counter() - begin
+
+    def _look_again(self, sequence: Sequence) -> None:
+        """Use what others have read since the sequence was placed."""
+        sequence.is_fresh = False
+        kept = None if sequence.is_bound else self._kept_for(sequence)
+        if kept is None or kept.snapshot is None:
+            return
+        if kept.snapshot.length - sequence.job.num_before > sequence.num_read:
+            assert sequence.handle is not None
+            self.pool.release(sequence.handle)
+            self._place(sequence, kept)
+            sequence.is_fresh = False
+
+    def _read_chunk(self, sequence: Sequence) -> None:
+        job, handle = sequence.job, sequence.handle
+        assert handle is not None
+        begin = sequence.num_read
+        end = sequence.chunk_end(self.options.prefill_chunk)
+        sequence.is_bound = True
+        hidden = self.reader.prefill(handle, job.ids[begin:end])
+        sequence.num_read = end
+        self.counters.num_prompt_tokens += end - begin
+        if not sequence.cuts or end > abs(sequence.cuts[-1]):
+            sequence.cuts.append(end)
+        if job.request.prompt_logprobs is not None and sequence.index == 0:
+            self._score(job, hidden, begin)
+        if job.request.wants_embedding and end == sequence.num_prompt:
+            job.embedding = hidden[-1].float().cpu()
+        if self._is_worth_keeping(sequence):
+            self._keep(sequence)
+        self._go_on(sequence)
+
+    def _score(self, job: Job, hidden: torch.Tensor, begin: int) -> None:
+        """The logprobs of the tokens behind those that were read."""
+        number = job.request.prompt_logprobs
+        assert number is not None
+        for start in range(0, len(hidden), _HEAD_ROWS):
+            rows = hidden[start : start + _HEAD_ROWS]
+            behind = torch.from_numpy(job.ids[begin + start + 1 :][: len(rows)]).to(rows.device)
+            logprobs = self.model.logits(rows[: len(behind)]).log_softmax(-1)
+            place = begin + start + 1
+            job.prompt_logprobs[place : place + len(behind)] = self.sampling.described(
+                logprobs, behind, number
+            )
+
+    def _is_worth_keeping(self, sequence: Sequence) -> bool:
+        """At the prompt's end, where texts part, and at the last of the usual cuts."""
+        job, read = sequence.job, sequence.num_read
+        last = sequence.num_prompt - 1
+        step = self.options.prefill_chunk
+        is_last_usual = (job.num_before + read) % step == 0 and read + step > last
+        return read <= last and (is_last_usual or read in (last, sequence.extra_cut))
+
+    def _prompt_was_read(self, sequence: Sequence) -> None:
+        job = sequence.job
+        if sequence.index == 0:
+            job.prompt_cuts = sequence.cuts_so_far()
+            job.is_exact = job.prompt_cuts == sequence.cold_cuts(self.options.prefill_chunk)
+            if len(job.sequences) > 1 and not job.has_forked and job.request.max_tokens:
+                self._fork(sequence)
+        if job.request.max_tokens == 0:
+            job.first_token = time.perf_counter()
+            for each in job.sequences:
+                self._finish(each, "", sequence)
+
+    def _fork(self, sequence: Sequence) -> None:
+        """Let the other choices begin where the first one has come to."""
+        assert sequence.handle is not None
+        job, cuts = sequence.job, sequence.cuts_so_far()
+        job.has_forked = True
+        job.fork = self.snapshots.hold(sequence.handle, cuts)
+        for other in job.sequences[1:]:
+            other.cuts, other.is_bound = list(cuts), True
+            self.scheduler.add(other)
+
+    # Writing
+
+    def _write(self) -> None:
+        self._make_room()
+        rows = list(self._batch.rows)
+        if not rows:
+            return
+        begin = time.perf_counter()
+        logits = self.reader.decode(self._batch)
+        middle = time.perf_counter()
+        self.counters.decode_s += middle - begin
+        drawing = [at for at, row in enumerate(rows) if row.is_drawing]
+        for row in rows:
+            row.num_read += 1
+            row.is_bound = True
+        if len(drawing) < len(rows):
+            self._replayed([row for row in rows if row.num_read < len(row.ids)])
+            logits, rows = logits[drawing], [rows[at] for at in drawing]
+        if rows:
+            chosen = self.sampling.choose(logits, rows)
+            for row, token_id in zip(rows, chosen, strict=True):
+                self._push(row, token_id)
+        self.counters.sample_s += time.perf_counter() - middle
+
+    def _make_room(self) -> None:
+        """See that every row has a page for its next token; the youngest give way if not."""
+        for row in list(self._batch.rows):
+            handle = row.handle
+            if handle is None or self.pool.pages_for(handle.length + 1) <= len(handle.pages):
+                continue
+            while row.handle is not None and not self.pool.reserve(handle, handle.length + 1):
+                self.preempt(self.scheduler.youngest())
+            if row.handle is not None:
+                self._batch.note_page(self._batch.rows.index(row))
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's place; it waits with its state put aside, or to be rebuilt."""
+        assert sequence.handle is not None
+        self.counters.num_preemptions += 1
+        sequence.parked = self.snapshots.hold(sequence.handle, sequence.cuts_so_far())
+        self._batch.remove(sequence)
+        self.pool.release(sequence.handle)
+        sequence.handle, sequence.num_read = None, 0
+        self.scheduler.give_way(sequence)
+
+    def _replayed(self, rows: list[Sequence]) -> None:
+        """Rows that read again what they had read token by token, and may come to a chunk."""
+        for row in rows:
+            if row.is_prefilling:
+                self._batch.remove(row)
+
+    def _push(self, sequence: Sequence, token_id: int | DeltamoeError) -> None:
+        job = sequence.job
+        if sequence.handle is None:  # another choice of this request has failed in this step
+            return
+        try:
+            if isinstance(token_id, DeltamoeError):
+                raise token_id
+            text = sequence.push(token_id)
+        except Exception as error:
+            self.fail(job, error)
+            return
+        self.counters.num_generated_tokens += 1
+        if job.first_token is None:
+            job.first_token = time.perf_counter()
+        if sequence.answer.finish_reason is not None:
+            self._finish(sequence, text, sequence, token_id)
+        else:
+            logprobs = tuple(sequence.logprobs[-1:])
+            job.listener.on_piece(Piece(sequence.index, text, (token_id,), logprobs, None))
+
+    # Ending
+
+    def _finish(
+        self, sequence: Sequence, text: str, reader: Sequence, token_id: int | None = None
+    ) -> None:
+        """End a choice; ``reader`` is the sequence whose state is the choice's too."""
+        job = sequence.job
+        is_last = len(job.choices) == len(job.sequences) - 1
+        if sequence.answer.ids:
+            self._keep(sequence)
+        reason = sequence.answer.finish_reason
+        assert reason is not None
+        if token_id is not None and len(sequence.logprobs) > len(sequence.answer.ids):
+            sequence.logprobs.pop()  # of the stop id, which is no part of the text
+        state = self._text_state(reader) if job.request.keep_state else None
+        job.choices[sequence.index] = self._choice(sequence, reason, state)
+        has_id = token_id is not None and sequence.answer.ids[-1:] == [token_id]
+        ids = (token_id,) if token_id is not None and has_id else ()
+        logprobs = tuple(sequence.logprobs[-1:]) if ids else ()
+        job.listener.on_piece(Piece(sequence.index, text, ids, logprobs, reason))
+        if sequence is not reader:
+            if is_last:
+                self._let_go(reader)
+        elif is_last or job.request.max_tokens:
+            self._let_go(sequence)
+        if is_last:
+            self._close(job)
+            self.counters.num_finished += not job.is_audit
+            job.listener.on_result(self._result(job))
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Give up everything a sequence holds."""
+        self.scheduler.remove(sequence)
+        self._batch.remove(sequence)
+        self._forget_parked(sequence)
+        if sequence.handle is not None:
+            self.pool.release(sequence.handle)
+            sequence.handle = None
+
+    def _forget_parked(self, sequence: Sequence) -> None:
+        if sequence.parked is not None:
+            self.snapshots.drop(sequence.parked)
+            sequence.parked = None
+
+    def _close(self, job: Job) -> None:
+        if job.fork is not None:
+            self.snapshots.drop(job.fork)
+            job.fork = None
+
+    def _choice(
+        self, sequence: Sequence, reason: FinishReason, state: TextState | None = None
+    ) -> Choice:
+        answer = sequence.answer
+        return Choice(
+            index=sequence.index,
+            text=answer.text,
+            ids=tuple(answer.ids),
+            logprobs=tuple(sequence.logprobs),
+            finish_reason=reason,
+            matched_stop=answer.matched_stop,
+            state=state,
+        )
+
+    def _text_state(self, sequence: Sequence) -> TextState:
+        assert sequence.handle is not None
+        unread = tuple(sequence.ids[sequence.num_read :])
+        return TextState(self.pool.copy(sequence.handle), unread)
+
+    def _result(self, job: Job) -> Result:
+        now = time.perf_counter()
+        asked = job.request.prompt_logprobs is not None
+        first_of_prompt = len(job.ids) - len(job.request.prompt)
+        self.counters.num_cached_tokens += job.num_cached_tokens
+        self.counters.num_replayed_tokens += job.num_replayed_tokens
+        return Result(
+            choices=tuple(job.choices[index] for index in sorted(job.choices)),
+            prompt_logprobs=tuple(job.prompt_logprobs[first_of_prompt:]) if asked else None,
+            embedding=job.embedding,
+            num_prompt_tokens=len(job.request.prompt),
+            num_cached_tokens=job.num_cached_tokens,
+            num_replayed_tokens=job.num_replayed_tokens,
+            is_exact=job.is_exact,
+            timings=Timings(
+                *(
+                    (now if at is None else at) - job.submitted
+                    for at in (job.started, job.first_token, now)
+                )
+            ),
+        )
+
+    # Keeping
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Keep the state of what has been read, for a text that begins like this one."""
+        job = sequence.job
+        if not job.request.reuse or sequence.handle is None:
+            return
+        if sequence.handle.length < self._least_gain:
+            return
+        ids = np.array(sequence.ids[: sequence.num_read], np.int64)
+        cuts = sequence.cuts_so_far()
+        is_cold = cuts == sequence.cold_cuts(self.options.prefill_chunk)[: len(cuts)]
+        self.snapshots.keep(job.scope, ids, sequence.handle, cuts, is_cold=is_cold)

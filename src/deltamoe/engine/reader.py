@@ -1,0 +1,159 @@
+"""The model at work on states in the pool: a chunk of one prompt, or one token of many sequences.
+
+Prompts are read one at a time, and the rows of ``decode`` do not touch each other's bits where
+there is a ``Decoder``. So what a sequence reads depends on nothing but itself. Without one (CUDA,
+fp64, experts on the disk) the rows go through the model's own forward pass together, where a
+neighbour may change the rounding. Knows nothing of requests.
+"""
+
+import logging
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from deltamoe.engine.prefix_tree import Ids
+from deltamoe.engine.sequence import Sequence
+from deltamoe.engine.state_pool import Handle, StatePool
+from deltamoe.model import Decoder, HybridLM, KdaState, MlaState, ModelState
+from deltamoe.model.description import UnsupportedError
+
+__all__ = ["Batch", "Reader"]
+
+_log = logging.getLogger("deltamoe")
+
+
+class Batch:
+    """The sequences that are decoded together, as the arrays a step is given.
+
+    Attributes:
+        rows: in the order of the arrays, which means nothing.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.rows: list[Sequence] = []
+        self._slots = np.zeros(num_slots, np.int64)
+        self._pages = np.zeros((num_slots, 1), np.int64)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence take part from the next step on."""
+        assert sequence.handle is not None
+        row = len(self.rows)
+        self.rows.append(sequence)
+        self._slots[row] = sequence.handle.slot
+        self._pages[row] = 0
+        for at in range(len(sequence.handle.pages)):
+            self._set_page(row, at, sequence.handle.pages[at])
+
+    def remove(self, sequence: Sequence) -> None:
+        """Let a sequence take part no longer; nothing happens if it does not."""
+        if sequence not in self.rows:
+            return
+        row, last = self.rows.index(sequence), self.rows.pop()
+        if last is not sequence:
+            self.rows[row] = last
+            self._slots[row] = self._slots[len(self.rows)]
+            self._pages[row] = self._pages[len(self.rows)]
+
+    def note_page(self, row: int) -> None:
+        """A row has got one more page."""
+        handle = self.rows[row].handle
+        assert handle is not None
+        self._set_page(row, len(handle.pages) - 1, handle.pages[-1])
+
+    def arrays(self) -> tuple[Ids, Ids, Ids, Ids]:
+        """Ids to be read [B], lengths read [B], slots [B] and pages [B, max_pages]."""
+        size = len(self.rows)
+        ids = np.array([row.ids[row.num_read] for row in self.rows], np.int64)
+        lengths = np.array([row.handle.length for row in self.rows if row.handle], np.int64)
+        return ids, lengths, self._slots[:size], self._pages[:size]
+
+    def _set_page(self, row: int, at: int, page: int) -> None:
+        if at >= self._pages.shape[1]:
+            wider = np.zeros((len(self._pages), 2 * at), np.int64)
+            wider[:, : self._pages.shape[1]] = self._pages
+            self._pages = wider
+        self._pages[row, at] = page
+
+
+class Reader:
+    """Reads tokens into states.
+
+    Args:
+        model: in evaluation mode.
+        pool: where the states are.
+
+    Attributes:
+        expert_counts: [layers, E] int64, tokens of prompts that each expert was given; None for a
+            model without experts.
+    """
+
+    def __init__(self, model: HybridLM, pool: StatePool) -> None:
+        self._model = model
+        self._pool = pool
+        self._decoder: Decoder | None = None
+        try:
+            self._decoder = Decoder(model)
+        except UnsupportedError as reason:
+            _log.info("engine: the model's own forward pass is used to decode: %s", reason)
+        config = model.config
+        self.expert_counts = (
+            torch.zeros(config.num_layers, config.moe.num_experts, dtype=torch.int64)
+            if config.moe
+            else None
+        )
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether rows are kept from touching each other's bits."""
+        return self._decoder is not None
+
+    def prefill(self, handle: Handle, ids: Ids) -> Float[Tensor, "T D"]:
+        """Read a chunk of one prompt, whose pages have been reserved; return the hidden states."""
+        state = self._pool.read(handle)
+        row = torch.from_numpy(ids)[None].to(state.lengths.device)
+        out = self._model.hidden(row, state if handle.length else None)
+        assert out.state is not None
+        self._pool.write(handle, out.state, handle.length + len(ids))
+        if self.expert_counts is not None:
+            for layer, routing in enumerate(out.routings):
+                if routing is not None:
+                    self.expert_counts[layer] += routing.counts.cpu()
+        return out.hidden[0]
+
+    def decode(self, batch: Batch) -> Float[Tensor, "B vocab"]:
+        """Read one token of every row; the page it goes to has been reserved."""
+        ids, lengths, slots, pages = map(torch.from_numpy, batch.arrays())
+        if self._decoder is not None:
+            logits = self._decoder.step_in_pool(ids, lengths, self._pool.state, slots, pages)
+        else:
+            logits = self._gathered(ids, lengths, slots, pages)
+        for row in batch.rows:
+            assert row.handle is not None
+            row.handle.length += 1
+        return logits
+
+    def _gathered(self, ids: Tensor, lengths: Tensor, slots: Tensor, pages: Tensor) -> Tensor:
+        """The same through the model: out of the pool, forward, and back into it."""
+        longest, page_tokens = int(lengths.max()), self._pool.size.page_tokens
+        device = self._model.embedding.weight.device
+        ids, lengths, slots, pages = (x.to(device) for x in (ids, lengths, slots, pages))
+        rows = torch.arange(len(ids), device=device)
+        place = self._pool.state.layers
+        layers = [
+            KdaState(*(part[slots] for part in layer))
+            if isinstance(layer, KdaState)
+            else MlaState(*(part[pages].flatten(1, 2)[:, :longest] for part in layer))
+            for layer in place
+        ]
+        logits, after = self._model(ids[:, None], ModelState(tuple(layers), lengths))
+        for layer, new in zip(place, after.layers, strict=True):
+            for part, value in zip(layer, new, strict=True):
+                if isinstance(layer, KdaState):
+                    part[slots] = value
+                else:
+                    page = pages[rows, lengths // page_tokens]
+                    part[page, lengths % page_tokens] = value[rows, lengths]
+        last: Tensor = logits[:, -1]
+        return last
