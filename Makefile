@@ -2,6 +2,7 @@
 #
 #   make demo    train a small model on real text for some minutes, then talk to it
 #   make test    run the tests             make check   format, lint, types
+#   make soak    a server under mixed load for 20 minutes: memory and files must stay flat
 #   make bench   speed and memory          make docs    the API reference, in build/docs
 #   make bench-large   the same with a billion parameters (15 GB of disk)
 #   make size    the largest files         make test-mlx   parity with mlx-lm (downloads it)
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 WORKERS ?= 2
 
-.PHONY: setup demo test test-slow test-gpu test-mlx check docs size clean
+.PHONY: setup demo test test-slow test-gpu test-mlx soak check docs size clean
 .PHONY: bench bench-large bench-quality bench-experts
 
 setup: $(VENV)/.dev
@@ -23,7 +24,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deltamoe needs Python 3.11 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[serve]'
 	$(BIN)/python -m deltamoe.ops.native
 	@touch $@
 
@@ -48,6 +49,9 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.server.soak --minutes 20
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m gpu

@@ -1,0 +1,293 @@
+"""The requests this server understands, with a bound on every number, and the answers it gives.
+
+Fields nobody has heard of are accepted and ignored, as OpenAI's clients expect. Fields with a
+meaning that cannot be honoured are refused by name: silence would be a wrong answer. Beyond
+OpenAI's are ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids`` and ``ignore_eos`` in
+their customary spelling, and our own ``state`` (go on from a kept text) and ``reuse`` (false: read
+the prompt anew).
+
+Knows nothing of engines or models.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
+
+from deltamoe.server.settings import MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS
+
+__all__ = [
+    "ChatRequest",
+    "CompletionRequest",
+    "ContentPart",
+    "DetokenizeRequest",
+    "EmbeddingRequest",
+    "NamedToolChoice",
+    "ResponseFormat",
+    "SamplingFields",
+    "StateRequest",
+    "TokenizeRequest",
+    "Tool",
+    "Turn",
+]
+
+_MAX_ID = 2**31 - 1
+_MAX_LENGTH = 2**24  # tokens or characters; the body's size and the context bind sooner
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+TokenId = Annotated[StrictInt, Field(ge=0, le=_MAX_ID)]
+Text = Annotated[StrictStr, Field(max_length=_MAX_LENGTH)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=_MAX_LENGTH)]
+Prompt = (
+    Text
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | TokenIds
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+Stop = Annotated[StrictStr, Field(min_length=1, max_length=256)]
+Name = Annotated[StrictStr, Field(min_length=1, max_length=256)]
+Bias = Annotated[Number, Field(ge=-100, le=100)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+# What means something to OpenAI's clients and cannot be had here: the field, and the values that
+# ask for nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "suffix": (None, ""),
+    "functions": (None, []),
+    "function_call": (None, "none"),
+    "modalities": (None, [], ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "web_search_options": (None,),
+    "reasoning_effort": (None,),
+    "reasoning": (None,),
+    "verbosity": (None,),
+    "dimensions": (None,),
+    "store": (None, False),
+}
+
+
+class _Answerable(_Request):
+    model: Annotated[StrictStr, Field(max_length=256)] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_what_cannot_be_honoured(self) -> "_Answerable":
+        for name, value in (self.model_extra or {}).items():
+            if name in _UNSUPPORTED and value not in _UNSUPPORTED[name]:
+                raise ValueError(f"{name} is not supported by this server; leave it out")
+        return self
+
+
+class StreamOptions(_Request):
+    """What a stream says beside its text."""
+
+    include_usage: bool = False
+
+
+class SamplingFields(_Answerable):
+    """How tokens are chosen and when the text ends."""
+
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_MAX_ID)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    ignore_eos: bool = False
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: StrictStr | None = None
+    state: Annotated[StrictStr, Field(max_length=64)] | None = None
+    reuse: bool = True
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> "SamplingFields":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for requests with stream: true")
+        return self
+
+
+class CompletionRequest(SamplingFields):
+    """``POST /v1/completions``."""
+
+    prompt: Prompt
+    max_tokens: Annotated[int, Field(ge=0, le=_MAX_LENGTH)] | None = 16
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "CompletionRequest":
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError("best_of is not supported by this server; ask for n choices")
+        if self.stream and self.echo and self.logprobs is not None:
+            raise ValueError("echo with logprobs cannot be streamed; leave stream out")
+        return self
+
+
+class ContentPart(_Request):
+    """A part of a message."""
+
+    type: StrictStr
+    text: Text | None = None
+
+    @model_validator(mode="after")
+    def _only_text(self) -> "ContentPart":
+        if self.type != "text" or self.text is None:
+            raise ValueError(f"a content part of type {self.type[:40]!r}: this model reads text")
+        return self
+
+
+class CalledFunction(_Request):
+    """Which function, and its arguments as JSON text."""
+
+    name: Name
+    arguments: Text = ""
+
+
+class TurnToolCall(_Request):
+    """A call an assistant asked for."""
+
+    id: Name
+    function: CalledFunction
+
+
+class Turn(_Request):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[ContentPart] | None = None
+    name: Name | None = None
+    tool_calls: Annotated[list[TurnToolCall], Field(max_length=128)] | None = None
+    tool_call_id: Name | None = None
+
+    @property
+    def text(self) -> str:
+        """What is said, the parts joined."""
+        if isinstance(self.content, list):
+            return "".join(part.text or "" for part in self.content)
+        return self.content or ""
+
+
+class ToolFunction(_Request):
+    """A function's declaration."""
+
+    name: Annotated[StrictStr, Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$")]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(_Request):
+    """A tool the assistant may call."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class NamedFunction(_Request):
+    """A function by its name."""
+
+    name: Name
+
+
+class NamedToolChoice(_Request):
+    """The one function that must be called."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class JsonSchema(_Request):
+    """A schema and its name."""
+
+    name: Name = "answer"
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+
+
+class ResponseFormat(_Request):
+    """The form the answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_one_is_announced(self) -> "ResponseFormat":
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("type json_schema needs the field json_schema")
+        return self
+
+
+class ChatRequest(SamplingFields):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=4096)]
+    max_tokens: Annotated[int, Field(ge=0, le=_MAX_LENGTH)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, le=_MAX_LENGTH)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        return self
+
+
+class EmbeddingRequest(_Answerable):
+    """``POST /v1/embeddings``."""
+
+    input: Prompt
+    encoding_format: Literal["float", "base64"] = "float"
+    user: StrictStr | None = None
+
+
+class TokenizeRequest(_Request):
+    """``POST /tokenize``: a text, or a conversation as the model would read it."""
+
+    model: StrictStr | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=4096)] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(_Request):
+    """``POST /detokenize``."""
+
+    model: StrictStr | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=_MAX_LENGTH)]
+
+
+class StateRequest(_Answerable):
+    """``POST /v1/states``: a text to read once and go on from often."""
+
+    prompt: Text | TokenIds | None = None
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=4096)] | None = None
+    state: Annotated[StrictStr, Field(max_length=64)] | None = None
+    name: Annotated[StrictStr, Field(max_length=256)] = ""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "StateRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected either prompt or messages")
+        return self
