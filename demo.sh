@@ -26,7 +26,10 @@ fi
 
 cat <<END
 
-The run is in $run. Some next steps:
+The run is in $run. Now watch it think: routing, memory and attention of your own text, in the browser:
+  $deltamoe explore $run
+
+Some next steps:
   $deltamoe chat $run
   $deltamoe generate $run --prompt "In the coming year" --temperature 0.7
   $deltamoe eval $run --baselines                     where it is good and where not

@@ -1,4 +1,4 @@
-"""Train, run and see inside Kimi Linear models: KDA, MLA and sparse experts on PyTorch.
+"""Train, run, serve and see inside Kimi Linear models: KDA, MLA and sparse experts on PyTorch.
 
     model = deltamoe.load("runs/demo")
     tokenizer = deltamoe.load_tokenizer("runs/demo")
@@ -15,16 +15,20 @@ from deltamoe.version import __version__
 if TYPE_CHECKING:
     from deltamoe.checkpoint import load, load_config
     from deltamoe.config import ModelConfig, RunConfig
+    from deltamoe.engine import Engine, Request
     from deltamoe.errors import DeltamoeError
+    from deltamoe.explorer import trace
     from deltamoe.inference import generate, stream
     from deltamoe.model import HybridLM, ModelState
     from deltamoe.tokenizer import load_tokenizer
 
 __all__ = [
     "DeltamoeError",
+    "Engine",
     "HybridLM",
     "ModelConfig",
     "ModelState",
+    "Request",
     "RunConfig",
     "__version__",
     "generate",
@@ -32,19 +36,23 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "stream",
+    "trace",
 ]
 
 _HOME = {
     "DeltamoeError": "errors",
+    "Engine": "engine",
     "HybridLM": "model",
     "ModelConfig": "config",
     "ModelState": "model",
+    "Request": "engine",
     "RunConfig": "config",
     "generate": "inference",
     "load": "checkpoint",
     "load_config": "checkpoint",
     "load_tokenizer": "tokenizer",
     "stream": "inference",
+    "trace": "explorer",
 }
 
 

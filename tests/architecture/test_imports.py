@@ -10,7 +10,8 @@ import pytest
 SRC = Path(__file__).parents[2] / "src" / "deltamoe"
 ORDER = [
     *("version", "errors", "config", "plan", "ops", "layers", "model", "testing", "checkpoint"),
-    *("tokenizer", "conversion", "data", "training", "inference", "evaluation", "cli"),
+    *("tokenizer", "conversion", "data", "training", "inference", "engine", "server", "explorer"),
+    *("evaluation", "cli"),
 ]
 APART = [
     {"training", "inference"},
@@ -24,7 +25,7 @@ FILES = sorted(f for f in SRC.rglob("*.py") if not f.relative_to(SRC).parts[0].s
 # Python files that must work without torch, so that `--help`, `plan` and a header answer at once.
 TORCH_FREE = [
     *("errors", "config", "plan", "tokenizer", "cli", "checkpoint.header", "data.source"),
-    *("checkpoint.published", "conversion"),
+    *("checkpoint.published", "conversion", "explorer", "explorer.app"),
 ]
 
 

@@ -6,8 +6,8 @@ import sys
 import deltamoe
 
 PUBLIC = {
-    *("DeltamoeError", "HybridLM", "ModelConfig", "ModelState", "RunConfig", "__version__"),
-    *("generate", "load", "load_config", "load_tokenizer", "stream"),
+    *("DeltamoeError", "Engine", "HybridLM", "ModelConfig", "ModelState", "Request", "RunConfig"),
+    *("__version__", "generate", "load", "load_config", "load_tokenizer", "stream", "trace"),
 }
 
 

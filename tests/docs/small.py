@@ -106,6 +106,7 @@ class Workbench:
             "chat": self._reader,
             "eval": self._reader,
             "inspect": self._reader,
+            "trace": self._reader,
             "convert": self._convert,
             "quantize": self._convert,
             "plan": self._configured,
@@ -191,7 +192,7 @@ class Workbench:
         if blimp := given.get("blimp"):
             pair = json.dumps({"sentence_good": "It is.", "sentence_bad": "It are."})
             self._make(f"{blimp}/agreement.jsonl", pair)
-        limit = {"generate": "8", "chat": "8", "eval": "200"}.get(verb)
+        limit = {"generate": "8", "chat": "8", "trace": "8", "eval": "200"}.get(verb)
         return [*words, "--max-tokens", limit] if limit else words
 
     def _convert(self, verb: str, words: list[str]) -> list[str]:

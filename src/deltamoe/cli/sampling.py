@@ -15,7 +15,14 @@ from deltamoe.cli.format import COUNT, size
 if TYPE_CHECKING:
     from deltamoe.inference.opened import OpenedModel
 
-__all__ = ["BITS", "DEFAULTS", "cache_report", "model_options", "sampling_options"]
+__all__ = [
+    "BITS",
+    "DEFAULTS",
+    "cache_report",
+    "model_options",
+    "sampling_options",
+    "sampling_rules",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -86,8 +93,8 @@ def cache_report(opened: "OpenedModel") -> str:
     )
 
 
-def sampling_options(command: Command) -> Command:
-    """Add --max-tokens, --stop and one option for each field of ``Sampler``."""
+def sampling_rules(command: Command) -> Command:
+    """Add one option for each field of ``Sampler``."""
     for name, (kind, text) in reversed(_SAMPLING.items()):
         command = click.option(
             f"--{name.replace('_', '-')}",
@@ -96,6 +103,12 @@ def sampling_options(command: Command) -> Command:
             show_default=True,
             help=text,
         )(command)
+    return command
+
+
+def sampling_options(command: Command) -> Command:
+    """Add --max-tokens, --stop and the sampling rules."""
+    command = sampling_rules(command)
     command = click.option(
         "--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."
     )(command)

@@ -1,0 +1,124 @@
+"""``deltamoe explore``: the page that shows a model at work, served on this machine alone."""
+
+import errno
+import json
+import socket
+import threading
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from deltamoe.cli.format import COUNT
+from deltamoe.cli.sampling import model_options
+from deltamoe.errors import BackendUnavailableError, ConfigError
+from deltamoe.plan import Bits
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+__all__ = ["command"]
+
+_HOST = "127.0.0.1"
+_MOST_CONNECTIONS = 64
+_MOST_HEADER_BYTES = 16 << 10
+
+
+@click.command("explore")
+@model_options
+@click.option(
+    "--port", type=click.IntRange(0, 65_535), default=8100, show_default=True, help="0 is any."
+)
+@click.option("--no-browser", is_flag=True, help="Print the address and open no browser.")
+@click.option(
+    "--max-tokens",
+    type=COUNT,
+    default=512,
+    show_default=True,
+    help="Longest text that is recorded; at most 2,048.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what the page would show, and leave.")
+def command(
+    path: Path,
+    port: int,
+    no_browser: bool,
+    max_tokens: int,
+    device: str,
+    dtype: Literal["fp32", "bf16"] | None,
+    quantize: Bits | None,
+    memory: int | None,
+    as_json: bool,
+) -> None:
+    """Watch the model in RUN think: a run folder, a step folder, a published one, or a trace file.
+
+    Opens a page on this machine that nobody else can reach. A trace file is shown without a model.
+    Ctrl-C ends it.
+    """
+    from deltamoe.explorer import read_trace
+    from deltamoe.explorer.runs import list_runs, runs_folder
+
+    folder = runs_folder(path)
+    first = live = None
+    if path.is_dir():
+        from deltamoe.explorer.live import Live
+        from deltamoe.inference.opened import open_model
+
+        opened = open_model(path, device=device, dtype=dtype, quantize=quantize, memory=memory)
+        live = Live(opened, name=path.resolve().name, prompt_tokens=max_tokens)
+    else:
+        first = read_trace(path)
+    if as_json:
+        shown = {
+            "model": live.model() if live else first and first.summary["model"],
+            "trace": first and first.summary,
+            "runs": list_runs(folder, path.resolve()) if folder else [],
+        }
+        click.echo(json.dumps(shown, indent=2))
+        return
+    try:
+        from deltamoe.explorer.app import create_app
+    except ImportError as fault:
+        raise BackendUnavailableError(
+            f"the page is served with starlette and uvicorn ({fault.name} is not installed): "
+            "pip install 'deltamoe[serve]'"
+        ) from fault
+    app = create_app(model=live, first=first, runs_folder=folder, opened=path.resolve())
+    _serve(app, port, opens_browser=not no_browser)
+
+
+def _serve(app: "ASGIApp", port: int, *, opens_browser: bool) -> None:
+    import uvicorn
+
+    with _listening(port) as listener:
+        address = f"http://{_HOST}:{listener.getsockname()[1]}/"
+        click.echo(f"explorer: {address}   (Ctrl-C ends it)")
+        if opens_browser:
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            log_level="warning",
+            limit_concurrency=_MOST_CONNECTIONS,
+            h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
+            timeout_graceful_shutdown=1,
+        )
+        try:
+            uvicorn.Server(config).run(sockets=[listener])
+        except KeyboardInterrupt:
+            click.echo("", err=True)
+
+
+def _listening(port: int) -> socket.socket:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((_HOST, port))
+        listener.listen(128)
+    except OSError as fault:
+        listener.close()
+        if fault.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise
+        why = "is taken" if fault.errno == errno.EADDRINUSE else "may not be used"
+        raise ConfigError(f"port {port} {why}: choose another, such as --port {port + 1}") from None
+    return listener

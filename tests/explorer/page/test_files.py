@@ -1,0 +1,176 @@
+"""Trace files: opened without a model, exported, broken, hostile."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.explorer.page.conftest import Server, record, show, start
+
+HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
+
+
+def rewritten(source: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A trace file whose summary was changed."""
+    content = source.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    summary = json.loads(header["__metadata__"]["summary"])
+    change(summary)
+    header["__metadata__"]["summary"] = json.dumps(summary)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    target.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    return target
+
+
+@pytest.fixture
+def file_server(trace_file: Path) -> Any:
+    from deltamoe.explorer import read_trace
+    from deltamoe.explorer.app import create_app
+
+    made = Server(create_app(first=read_trace(trace_file)))
+    yield made
+    made.stop()
+
+
+def test_a_file_without_a_model(page: Any, file_server: Server) -> None:
+    start(page, file_server.address)
+    assert page.locator(".token").count() == 29
+    assert page.locator("textarea.prompt").count() == 0
+    for view in ("sparse", "memory", "attention", "next", "ablate"):
+        show(page, view)
+        assert page.locator(".broken").count() == 0, view
+
+
+def test_the_page_outlives_the_server(
+    page: Any, file_server: Server, trace_file: Path, tmp_path: Path
+) -> None:
+    """Exported as HTML and opened from the disk, with nobody answering any more."""
+    start(page, file_server.address)
+    show(page, "export")
+    with page.expect_download() as download:
+        page.click("button:text-is('One HTML file')")
+    exported = tmp_path / "trace.html"
+    download.value.save_as(exported)
+    file_server.stop()
+    page.watched.requests.clear()
+    page.goto(exported.as_uri())
+    page.wait_for_selector("body[data-started]")
+    assert page.locator(".token").count() == 29
+    for view in ("sparse", "decay", "memory", "attention", "state", "next", "export"):
+        show(page, view)
+        assert page.locator(".broken").count() == 0, view
+    assert not [url for url in page.watched.requests if url.startswith("http")]
+    with page.expect_download() as download:
+        page.click("button:text-is('Trace file')")
+    assert Path(download.value.path()).read_bytes() == trace_file.read_bytes()
+
+
+def test_a_file_opened_by_hand(page: Any, server: Server, trace_file: Path) -> None:
+    start(page, server.address)
+    page.set_input_files("input[type=file]", trace_file)
+    page.wait_for_selector(".token >> nth=28")
+    show(page, "memory")
+
+
+def test_pictures(page: Any, server: Server) -> None:
+    start(page, server.address)
+    record(page, "Once upon")
+    show(page, "export")
+    for section in ("A picture of a view", "A picture of the opened block"):
+        place = page.locator(f".figure:has-text('{section}')")
+        with page.expect_download() as download:
+            place.get_by_text("SVG", exact=True).click()
+        drawing = ElementTree.parse(download.value.path())
+        assert len(list(drawing.iter())) > 40
+        with page.expect_download() as download:
+            place.get_by_text("PNG", exact=True).click()
+        picture = Path(download.value.path()).read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) > 10_000
+
+
+def test_what_a_file_says_is_text(
+    page: Any, server: Server, trace_file: Path, tmp_path: Path
+) -> None:
+    def poison(summary: dict[str, Any]) -> None:
+        for token in summary["tokens"]:
+            token["text"] = HOSTILE
+        summary["texts"] = dict.fromkeys(summary["texts"], HOSTILE)
+        summary["source"] = {"name": HOSTILE, "label": HOSTILE}
+        summary["finish_reason"] = HOSTILE
+        for entry in summary["arrays"]:
+            entry["meaning"] = entry["unit"] = HOSTILE
+
+    start(page, server.address)
+    hostile = rewritten(trace_file, tmp_path / "hostile.safetensors", poison)
+    page.set_input_files("input[type=file]", hostile)
+    page.wait_for_selector(".token >> nth=4")
+    for view in ("sparse", "experts", "load", "decay", "memory", "attention", "next"):
+        show(page, view)
+    page.hover(".token >> nth=4")
+    assert "<img" in page.locator(".tooltip").inner_text()
+    assert page.locator("img").count() == 0
+    assert page.title() == "deltamoe explorer"
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        (lambda content: b"", "0 bytes"),
+        (lambda content: b"\xff" * 64, "longer than the file"),
+        (lambda content: content[: len(content) // 2], "cut short"),
+        (lambda content: content[:8] + b"{" * 40 + content[48:], "not JSON"),
+        (lambda content: struct.pack("<Q", 2) + b"{}", "do not describe"),
+    ],
+    ids=["empty", "huge count", "truncated", "no JSON", "no trace"],
+)
+def test_a_broken_file_is_named(
+    page: Any,
+    server: Server,
+    trace_file: Path,
+    tmp_path: Path,
+    broken: Callable[[bytes], bytes],
+    why: str,
+) -> None:
+    start(page, server.address)
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(broken(trace_file.read_bytes()))
+    page.set_input_files("input[type=file]", path)
+    page.wait_for_selector(f".broken:has-text('{why}')")
+
+
+def test_lies_about_sizes_are_named(
+    page: Any, server: Server, trace_file: Path, tmp_path: Path
+) -> None:
+    def lie(summary: dict[str, Any]) -> None:
+        summary["arrays"][0]["shape"] = [1 << 40]
+
+    start(page, server.address)
+    page.set_input_files(
+        "input[type=file]", rewritten(trace_file, tmp_path / "lie.safetensors", lie)
+    )
+    page.wait_for_selector(".broken:has-text('misdescribed')")
+
+
+def test_a_newer_file_is_named(page: Any, server: Server, trace_file: Path, tmp_path: Path) -> None:
+    def age(summary: dict[str, Any]) -> None:
+        summary["format"] = 3
+
+    start(page, server.address)
+    page.set_input_files(
+        "input[type=file]", rewritten(trace_file, tmp_path / "newer.safetensors", age)
+    )
+    page.wait_for_selector(".broken:has-text('newer deltamoe')")
+
+
+def test_a_trace_that_is_gone_is_named(page: Any, server: Server) -> None:
+    page.watched.expected = ["404"]
+    start(page, server.address, trace="AAAAAAAAAAAAAAAAAAAAAA")
+    page.wait_for_selector(".broken:has-text('record it again')")
+    record(page, "Once upon")

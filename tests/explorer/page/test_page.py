@@ -1,0 +1,192 @@
+"""The page and a live model: prompt, tokens, keys, views, branches, stops and reloads."""
+
+import json
+import re
+import urllib.request
+from typing import Any
+
+import pytest
+
+from tests.explorer.page.conftest import Server, record, show, start
+
+VIEWS = [
+    *("sparse", "experts", "load", "decay", "memory", "attention"),
+    *("state", "next", "ablate", "export"),
+]
+SCALED = {"experts", "load", "decay", "memory", "attention"}  # colours that stand for numbers
+
+
+def get(server: Server, path: str) -> Any:
+    with urllib.request.urlopen(server.address + path) as answer:
+        return json.loads(answer.read())
+
+
+def state(page: Any, key: str) -> str:
+    found: str = page.evaluate(f"new URLSearchParams(location.hash.slice(1)).get('{key}')")
+    return found
+
+
+def test_a_prompt_becomes_tokens(page: Any, server: Server) -> None:
+    start(page, server.address)
+    trace = record(page, "Once upon")
+    summary = get(server, f"api/trace/{trace}")
+    chips = page.locator(".token").all_inner_texts()
+    assert len(chips) == summary["num_tokens"] == 1 + 9 + 8
+    assert "".join(chips[1:10]) == "Once·upon"
+    assert page.locator(".token.is-written").count() == 8
+
+
+def test_every_view_opens(page: Any, server: Server) -> None:
+    start(page, server.address)
+    record(page, "Once upon", write=2)
+    for view in VIEWS:
+        show(page, view)
+        assert page.locator(".broken").count() == 0, view
+        assert page.locator("#panel .explain").inner_text()
+        if view in SCALED:
+            for legend in page.locator("#panel .legend").all():
+                low, high = (float(legend.get_attribute(f"data-{end}")) for end in ("low", "high"))
+                assert low < high
+                assert legend.get_attribute("data-unit")
+
+
+def test_every_view_has_a_dark_side(page: Any, server: Server) -> None:
+    start(page, server.address)
+    record(page, "Once upon", write=2)
+    page.keyboard.press("t")
+    for view in VIEWS:
+        show(page, view)
+        assert page.locator(".broken").count() == 0, view
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert max(map(int, ground[4:-1].split(","))) < 64
+
+
+def test_keys(page: Any, server: Server) -> None:
+    start(page, server.address)
+    record(page, "Once upon a time")
+    page.click("#panel h2")
+    for key, token in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 24)):
+        page.keyboard.press(key)
+        assert state(page, "token") == str(token)
+        pinned = page.locator(".token.is-pinned")
+        assert pinned.get_attribute("data-index") == str(token)
+    page.keyboard.press("Home")
+    page.keyboard.press("Space")
+    page.wait_for_url(re.compile("token=2"))
+    page.keyboard.press("Space")
+    layer = int(state(page, "layer"))
+    page.keyboard.press("ArrowUp")
+    assert state(page, "layer") == str(layer + 1)
+    page.keyboard.press("5")
+    page.wait_for_selector(".panel-body[data-view=memory][data-ready]")
+    page.keyboard.press("]")
+    assert state(page, "head") == "1"
+    page.keyboard.press("?")
+    assert page.locator("dialog.keys").is_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.name") == "prompt"
+
+
+def test_hover_previews_and_click_pins(page: Any, server: Server) -> None:
+    start(page, server.address)
+    record(page, "Once upon")
+    page.hover(".token[data-index='4']")
+    page.wait_for_selector(".block-place[data-token='4']")
+    assert "id" in page.locator(".tooltip").inner_text()
+    assert state(page, "token") == "0"
+    page.click(".token[data-index='4']")
+    assert state(page, "token") == "4"
+    page.mouse.move(2, 2)
+    page.wait_for_selector(".block-place[data-token='4']")
+
+
+def test_the_stack_opens_blocks(page: Any, server: Server) -> None:
+    start(page, server.address)
+    record(page, "Once upon")
+    page.click("button.half.is-mla")
+    page.wait_for_selector("#block h2:has-text('Layer 3: MLA')")
+    page.click("button:text-is('every layer')")
+    assert page.locator("#stack .block").count() == 4
+    page.click("#stack .block:last-child button.half.is-mlp, #stack button.half.is-mlp")
+    page.wait_for_selector("#block h2:has-text('Layer 0: MLP')")
+    page.click("button:text-is('to its mixer')")
+    page.wait_for_selector("#block h2:has-text('Layer 0: KDA')")
+    assert page.locator("#block .strip").count() >= 8
+
+
+def test_branch(page: Any, server: Server) -> None:
+    start(page, server.address)
+    first = record(page, "Once upon")
+    show(page, "next")
+    page.click(".token[data-index='6']")
+    page.wait_for_selector("h3:has-text('After token 6')")
+    page.click("button.bar >> nth=3")
+    page.wait_for_selector(".token.is-pinned[data-index='7']")
+    second = state(page, "trace")
+    before, after = (get(server, f"api/trace/{trace}") for trace in (first, second))
+    assert [t["id"] for t in after["tokens"][:7]] == [t["id"] for t in before["tokens"][:7]]
+    assert after["source"]["branched_from"]["token"] == 6
+    assert after["tokens"][7]["id"] != before["tokens"][7]["id"]
+
+
+def test_stop_and_go_on(page: Any, server: Server) -> None:
+    start(page, server.address)
+    page.fill("input[name='tokens to write']", "480")
+    page.fill("textarea.prompt", "Once")
+    page.press("textarea.prompt", "Enter")
+    page.click("#ask button:has-text('Stop')")
+    page.wait_for_selector("text=Stopped.")
+    record(page, "Once upon")
+    assert page.locator(".token").count() == 18
+
+
+def test_reload_in_the_middle(page: Any, server: Server) -> None:
+    start(page, server.address)
+    page.fill("input[name='tokens to write']", "480")
+    page.fill("textarea.prompt", "Once")
+    page.press("textarea.prompt", "Enter")
+    page.wait_for_selector(".progress")
+    page.reload()
+    page.wait_for_selector("body[data-started]")
+    trace = record(page, "Once upon")
+    page.click(".token[data-index='5']")
+    page.reload()
+    page.wait_for_selector(".token.is-pinned[data-index='5']")
+    assert state(page, "trace") == trace
+
+
+def test_ablate(page: Any, server: Server) -> None:
+    start(page, server.address)
+    trace = record(page, "Once upon")
+    show(page, "ablate")
+    with page.expect_response("**/api/ablate") as told:
+        page.click("button:text-is('Layer off')")
+    answer = told.value.json()
+    page.wait_for_selector("#panel [data-ready] .fact")
+    assert told.value.request.post_data_json["trace"] == trace
+    shown = page.locator("#panel .fact:has-text('loss after') b").inner_text()
+    assert float(shown.split()[0]) == pytest.approx(answer["after"]["loss"], rel=1e-3)  # 4 digits
+    page.click("#panel button:has-text('✕')")
+    page.wait_for_selector("text=Nothing is off")
+
+
+def test_a_text_beyond_the_cap_is_refused_in_words(page: Any, server: Server) -> None:
+    page.watched.expected = ["400"]
+    start(page, server.address)
+    page.fill("textarea.prompt", "x" * 600)
+    page.press("textarea.prompt", "Enter")
+    page.wait_for_selector(".broken:has-text('at most')")
+    record(page, "Once upon")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (1920, 1080)])
+def test_nothing_sticks_out(page: Any, server: Server, width: int, height: int) -> None:
+    page.set_viewport_size({"width": width, "height": height})
+    start(page, server.address)
+    record(page, "Once upon a time")
+    for view in VIEWS:
+        show(page, view)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        wide = page.evaluate("document.querySelector('#panel').scrollWidth")
+        assert wide <= page.evaluate("document.querySelector('#panel').clientWidth") + 1, view
