@@ -13,12 +13,16 @@ from deltamoe.testing import tiny_config, tiny_model
 from deltamoe.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
+# Without single tokens the short prompts of tests would never be read in chunks.
 OPTIONS = EngineOptions(
-    state_bytes=10**7, cache_bytes=10**6, prefill_chunk=16, step_tokens=16, page_tokens=4
+    state_bytes=10**7,
+    cache_bytes=10**6,
+    prefill_chunk=16,
+    single_tokens=0,
+    step_tokens=16,
+    page_tokens=4,
 )
-COLD = EngineOptions(
-    state_bytes=10**7, cache_bytes=0, prefill_chunk=16, step_tokens=16, page_tokens=4
-)
+COLD = replace(OPTIONS, cache_bytes=0)
 
 _BASE = tiny_config()
 # The stacks whose states differ in kind: slots and pages, slots only, pages only; and the other

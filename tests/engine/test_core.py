@@ -458,6 +458,25 @@ def test_a_long_prompt_does_not_starve_the_writers():
     assert len(writer.pieces) == before + 5
 
 
+@pytest.mark.parametrize("single_tokens", [5, 64])
+def test_a_short_end_may_be_read_token_by_token(kind, single_tokens):
+    """By other steps, so to rounding; and by these steps always the same, to the last bit."""
+    options = replace(COLD, single_tokens=single_tokens)
+    model = model_of(kind)
+    expected = solo(Core(model, TOKENIZER, options), mixed())
+    core = Core(model, TOKENIZER, options)
+    assert everything(answers(core, mixed())) == everything(expected)
+    assert all(result.is_exact for result in expected)
+    read = sum(request.n * (len(request.prompt) - 1) for request in mixed())  # nothing is kept
+    assert core.counters.num_prompt_tokens == read
+    assert texts(expected) == texts(cold(kind))
+    core = Core(model, TOKENIZER, replace(options, cache_bytes=10**6, exact_reuse=True))
+    for _ in range(2):
+        assert everything(answers(core, mixed())) == everything(expected)
+    assert core.counters.num_cached_tokens > 50
+    assert_empty(core)
+
+
 def test_an_all_kda_conversation_needs_no_pages():
     core = Core(model_of("all kda"), TOKENIZER, EngineOptions(state_bytes=10**6, cache_bytes=0))
     assert core.size.page_bytes == 0

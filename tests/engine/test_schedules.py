@@ -52,17 +52,21 @@ def small_model(kind: str):
 
 
 @cache
-def expected(kind: str):
-    return everything(solo(Core(small_model(kind), TOKENIZER, COLD), REQUESTS))
+def expected(kind: str, single_tokens: int):
+    options = replace(COLD, single_tokens=single_tokens)
+    return everything(solo(Core(small_model(kind), TOKENIZER, options), REQUESTS))
 
 
-def options_of(kind: str, pages: int, slots: int, cache_bytes: int) -> EngineOptions:
+def options_of(
+    kind: str, pages: int, slots: int, cache_bytes: int, single_tokens: int
+) -> EngineOptions:
     size = Core(small_model(kind), TOKENIZER, COLD).size
     return EngineOptions(
         max_sequences=slots,
         state_bytes=slots * size.slot_bytes + max(pages * size.page_bytes, 1),
         cache_bytes=cache_bytes,
         prefill_chunk=COLD.prefill_chunk,
+        single_tokens=single_tokens,
         step_tokens=COLD.step_tokens,
         page_tokens=COLD.page_tokens,
         exact_reuse=True,
@@ -77,10 +81,12 @@ class Schedule(RuleBasedStateMachine):
         pages=st.integers(12, 40),
         slots=st.integers(1, 5),
         cache_bytes=st.sampled_from([0, 10_000, 30_000, 10**6]),
+        single_tokens=st.sampled_from([0, 3, 64]),
     )
-    def begin(self, kind, pages, slots, cache_bytes):
-        self.kind = kind
-        self.core = Core(small_model(kind), TOKENIZER, options_of(kind, pages, slots, cache_bytes))
+    def begin(self, kind, pages, slots, cache_bytes, single_tokens):
+        self.expected = expected(kind, single_tokens)
+        options = options_of(kind, pages, slots, cache_bytes, single_tokens)
+        self.core = Core(small_model(kind), TOKENIZER, options)
         self.asked = []
         self.cancelled = set()
 
@@ -148,7 +154,7 @@ class Schedule(RuleBasedStateMachine):
         for number, (which, recorder, _) in enumerate(self.asked):
             assert recorder.error is None
             if recorder.result is not None and number not in self.cancelled:
-                assert everything([recorder.result]) == [expected(self.kind)[which]]
+                assert everything([recorder.result]) == [self.expected[which]]
 
     def teardown(self):
         if not hasattr(self, "core"):

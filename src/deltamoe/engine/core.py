@@ -42,7 +42,7 @@ class Counters:
 
     Attributes:
         num_steps: of the loop.
-        num_prompt_tokens: read in chunks, those read again included.
+        num_prompt_tokens: read of prompts, those read again included.
         num_generated_tokens: drawn.
         num_cached_tokens: of prompts, that a kept state made it unnecessary to read.
         num_replayed_tokens: of prompts, known and read nevertheless.
@@ -94,7 +94,7 @@ class Core:
         self.pool = StatePool(model, self.size)
         self.snapshots = Snapshots(self.pool)
         self.scheduler = Scheduler()
-        self.reader = Reader(model, self.pool)
+        self.reader = Reader(model, self.pool, options.single_tokens)
         self.counters = Counters()
         self._batch = Batch(self.size.num_slots)
         self.sampling = Sampling(tokenizer, model.embedding.weight.device)
@@ -151,7 +151,7 @@ class Core:
                 everything else goes first.
         """
         order = self._num_jobs if audited is None else _LAST
-        job = Job(request, listener, self.tokenizer, order=order)
+        job = Job(request, listener, self.tokenizer, order=order, num_single=self.reader.num_single)
         self._num_jobs += 1
         first = job.sequences[0]
         if audited is not None:
@@ -220,8 +220,8 @@ class Core:
         if not sequence.is_bound:
             # Where two texts part, a state is worth keeping: a third one may come that way.
             sequence.num_known = num_known = min(num_known, last)
-            if self.options.exact_reuse:
-                num_known -= num_known % step
+            if cuts is not None:
+                num_known = max((cut for cut in cuts if 0 < cut <= num_known), default=0)
             length = kept.snapshot.length - job.num_before if kept and kept.snapshot else 0
             sequence.extra_cut = num_known if num_known - length >= self._least_gain else 0
         return kept
@@ -383,7 +383,7 @@ class Core:
             row.num_read += 1
             row.is_bound = True
         if len(drawing) < len(rows):
-            self._replayed([row for row in rows if row.num_read < len(row.ids)])
+            self._read_singly([row for row in rows if row.num_read < len(row.ids)])
             logits, rows = logits[drawing], [rows[at] for at in drawing]
         if rows:
             chosen = self.sampling.choose(logits, rows)
@@ -412,11 +412,15 @@ class Core:
         sequence.handle, sequence.num_read = None, 0
         self.scheduler.give_way(sequence)
 
-    def _replayed(self, rows: list[Sequence]) -> None:
-        """Rows that read again what they had read token by token, and may come to a chunk."""
+    def _read_singly(self, rows: list[Sequence]) -> None:
+        """Rows that have read a token there was: the end of a prompt, or one read again."""
         for row in rows:
-            if row.is_prefilling:
+            self.counters.num_prompt_tokens += row.num_read <= row.prefill_end
+            if row.is_prefilling:  # a chunk is read again, too
                 self._batch.remove(row)
+            elif row.num_read == row.prefill_end and not row.answer.ids:
+                self._keep(row)
+                self._prompt_was_read(row)
 
     def _push(self, sequence: Sequence, token_id: int | DeltamoeError) -> None:
         job = sequence.job

@@ -106,7 +106,7 @@ class GrammarCompiler:
         limits = llguidance.LLParserLimits(**_LIMITS)
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         if not matcher.is_error():
-            matcher.compute_bitmask()  # where a grammar explodes, it mostly does so at once
+            matcher.compute_bitmask()  # the dearest mask is the first: its time is the caller's
         if matcher.is_error():
             kind = "grammar" if request.json_schema is None else "json_schema"
             raise ConfigError(f"{kind}: {_reason(matcher)}")

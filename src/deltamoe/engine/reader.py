@@ -23,6 +23,11 @@ __all__ = ["Batch", "Reader"]
 
 _log = logging.getLogger("deltamoe")
 
+_SINGLE_BYTES = 1 << 29
+"""Weights that may be read again and again for the end of one prompt: what that takes, alone, is
+about what a forward pass takes in calls; beside others it takes far less."""
+_MOST_SINGLE = 64
+
 
 class Batch:
     """The sequences that are decoded together, as the arrays a step is given.
@@ -83,13 +88,15 @@ class Reader:
     Args:
         model: in evaluation mode.
         pool: where the states are.
+        num_single: ``EngineOptions.single_tokens``.
 
     Attributes:
-        expert_counts: [layers, E] int64, tokens of prompts that each expert was given; None for a
+        expert_counts: [layers, E] int64, tokens of chunks that each expert was given; None for a
             model without experts.
+        num_single: longest end of a prompt that is read token by token.
     """
 
-    def __init__(self, model: HybridLM, pool: StatePool) -> None:
+    def __init__(self, model: HybridLM, pool: StatePool, num_single: int | None) -> None:
         self._model = model
         self._pool = pool
         self._decoder: Decoder | None = None
@@ -97,6 +104,10 @@ class Reader:
             self._decoder = Decoder(model)
         except UnsupportedError as reason:
             _log.info("engine: the model's own forward pass is used to decode: %s", reason)
+        self.num_single = 0
+        if self._decoder is not None:
+            most = min(_SINGLE_BYTES // self._decoder.bytes_per_token, _MOST_SINGLE)
+            self.num_single = most if num_single is None else num_single
         config = model.config
         self.expert_counts = (
             torch.zeros(config.num_layers, config.moe.num_experts, dtype=torch.int64)

@@ -1,9 +1,10 @@
 """One choice on its way: what has been read, what was drawn, and where its state is.
 
 ``ids`` is the whole text, prompt and answer; ``num_read`` of them are in the state. The prompt is
-read in chunks up to its last token. From there on a step reads one token, and draws the next if it
-was the last. So a sequence that lost its state is read again by the same cuts, and its own tokens
-one by one, as they came the first time; it goes on to the last bit as if nothing had happened.
+read in chunks up to its last token, or up to an end short enough to be read as what follows it.
+From there on a step reads one token, and draws the next if it was the last. So a sequence that lost
+its state is read again by the same cuts, and its own tokens one by one, as they came the first
+time; it goes on to the last bit as if nothing had happened.
 Knows nothing of models.
 """
 
@@ -55,6 +56,7 @@ class Job:
 
     Attributes:
         order: of submission, from 0.
+        num_single: longest end of a prompt that is read token by token.
         ids: what is to be read: what the text before had left unread, and the prompt.
         num_before: tokens that the text before has read.
         seed: the request's, or one drawn for it.
@@ -72,11 +74,20 @@ class Job:
     """
 
     def __init__(
-        self, request: Request, listener: Listener, tokenizer: Tokenizer, *, order: int
+        self,
+        request: Request,
+        listener: Listener,
+        tokenizer: Tokenizer,
+        *,
+        order: int,
+        num_single: int = 0,
     ) -> None:
         self.request = request
         self.listener = listener
         self.order = order
+        # what is asked of the prompt's own tokens, only a chunk's hidden states can answer
+        asks = request.prompt_logprobs is not None or request.wants_embedding
+        self.num_single = 0 if asks or request.max_tokens == 0 else num_single
         before = request.state or TextState(None, ())
         self.scope: Hashable = (request.scope, before.state and _Identity(before.state.lengths))
         self.ids: Ids = np.array([*before.unread, *request.prompt], np.int64)
@@ -190,13 +201,22 @@ class Sequence:
 
     @property
     def prefill_end(self) -> int:
-        """Ids that are read in chunks: all but the last, and with it if nothing follows it."""
+        """Ids read before anything is drawn: all but the last, and with it if it is asked for."""
         return self.num_prompt - (not self.job.request.wants_embedding)
 
     @property
     def is_prefilling(self) -> bool:
         """Whether a chunk of the prompt comes next, and not a single token."""
-        return self.num_read < self.prefill_end and self._next_cut() >= 0
+        if self.num_read >= self.prefill_end:
+            return False
+        cut = self._next_cut()
+        return cut > 0 or (cut == 0 and not self._is_at_end)
+
+    @property
+    def _is_at_end(self) -> bool:
+        """Whether what is left of the prompt is read token by token."""
+        left = self.num_prompt - 1 - self.num_read
+        return 0 < left <= self.job.num_single and self.extra_cut <= self.num_read
 
     @property
     def is_drawing(self) -> bool:
@@ -225,12 +245,19 @@ class Sequence:
         """Where a prompt is cut that nothing is known of.
 
         At multiples of ``step`` tokens from the beginning of the text, and before its last token,
-        which is read as those that are drawn: the cuts follow from the prompt alone.
+        which is read as those that are drawn; so is the end, if it is short. The cuts follow from
+        the prompt alone.
         """
         before, last = self.job.num_before, self.num_prompt - 1
-        first = (before // step + 1) * step - before
-        ends = sorted({last, self.prefill_end} - {0})
-        return (*range(first, last, step), *ends)
+        cuts, read = [], 0
+        while read < last and last - read > self.job.num_single:
+            read = min(((before + read) // step + 1) * step - before, last)
+            cuts.append(read)
+        if read < last:
+            cuts.append(-last)
+        if last < self.prefill_end:
+            cuts.append(self.prefill_end)
+        return tuple(cuts)
 
     def cuts_so_far(self) -> Cuts:
         """``cuts`` up to where the text has been read."""
