@@ -101,11 +101,14 @@ class _EngineNumbers:
         counters = stats.counters
         for name, text, number in (
             ("steps", "Steps of the engine's loop.", counters.num_steps),
-            ("prompt_tokens", "Tokens read in chunks.", counters.num_prompt_tokens),
+            ("prompt_tokens", "Tokens of prompts read.", counters.num_prompt_tokens),
             ("generated_tokens", "Tokens drawn.", counters.num_generated_tokens),
             ("cached_tokens", "Of prompts, not read thanks to reuse.", counters.num_cached_tokens),
             ("replayed_tokens", "Of prompts, known and read.", counters.num_replayed_tokens),
             ("preemptions", "Sequences that gave way.", counters.num_preemptions),
+            ("rebuilt_sequences", "Read again from the start.", counters.num_rebuilt),
+            ("audits", "Answers computed again.", counters.num_audits),
+            ("audit_mismatches", "Of these, not the same.", counters.num_audit_mismatches),
             ("evicted_snapshots", "Kept states that made room.", stats.num_evicted),
             ("cancelled_requests", "Ended by their clients.", counters.num_cancelled),
             ("failed_requests", "Ended by an error.", counters.num_failed),
@@ -120,7 +123,7 @@ class _EngineNumbers:
         yield spent
         load = CounterMetricFamily(
             "deltamoe_expert_tokens",
-            "Tokens of prompts that each expert was given.",
+            "Tokens that each expert was given in chunks of prompts.",
             labels=["layer", "expert"],
         )
         for layer, experts in enumerate(stats.expert_counts):
