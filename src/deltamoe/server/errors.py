@@ -121,11 +121,16 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def _translated(error: Exception) -> Exception:
     if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        first, *others = error.errors()
         if first["type"] == "json_invalid":
             return ApiError(400, "the body is not valid JSON", code="invalid_json")
+        where = [part for part in first["loc"] if part != "body"]
         message = first["msg"].removeprefix("Value error, ")
+        # Where a field may be of several kinds, each has its complaint, and its name in the place.
+        if others and where and all(other["loc"][1:2] == (where[0],) for other in others):
+            where = where[:1]
+            message = "; or: ".join(dict.fromkeys(fault["msg"] for fault in error.errors()))
+        place = ".".join(map(str, where))
         return ApiError(400, f"{place}: {message}" if place else message, param=place or None)
     if isinstance(error, HTTPException):
         return ApiError(
