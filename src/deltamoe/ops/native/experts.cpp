@@ -112,18 +112,12 @@ struct Fp32 {
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 // 32 numbers of each of two rows, taken in turn.
 void interleave(const bf16* first, const bf16* second, bf16* to) {
-  alignas(64) static const struct Order {
-    uint16_t low[32], high[32];
-    Order() {
-      for (uint16_t i = 0; i < 16; i++) {
-        low[2 * i] = i, low[2 * i + 1] = uint16_t(32 + i);
-        high[2 * i] = uint16_t(16 + i), high[2 * i + 1] = uint16_t(48 + i);
-      }
-    }
-  } order;
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                       39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
-  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, _mm512_load_si512(order.low), b));
-  _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(a, _mm512_load_si512(order.high), b));
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
+  _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(a, high, b));
 }
 struct Tiled {
   using Element = bf16;

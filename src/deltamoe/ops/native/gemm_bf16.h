@@ -48,7 +48,7 @@ static inline void before_tile_loads() { asm volatile("" : : : "memory"); }
 
 // Of two rows of 16 numbers: (first[0], second[0], first[1], second[1], ...) in bf16.
 static inline __m512i bf16_pairs(vec first, vec second) {
-  static const __m512i in_turn = _mm512_set_epi16(
+  const __m512i in_turn = _mm512_set_epi16(
       31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
       19, 3, 18, 2, 17, 1, 16, 0);
   __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
