@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -79,3 +80,17 @@ def test_what_is_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         said = capsys.readouterr()
         assert said.err.startswith("error: ")
         assert not said.out
+
+
+def test_a_run_without_a_checkpoint_shows_its_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run(tmp_path)
+    (run / "metrics.jsonl").write_text('{"format": 1, "step": 1, "loss": 5.0}\n')
+    shutil.rmtree(run / "checkpoints")
+    assert main(["explore", str(run), "--json"]) == 0
+    said = capsys.readouterr()
+    assert "only the training is shown" in said.err
+    shown = json.loads(said.out)
+    assert shown["model"] is None
+    assert [found["name"] for found in shown["runs"]] == [run.name]

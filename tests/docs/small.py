@@ -11,6 +11,9 @@ A ``Workbench`` is a folder in which one page's commands run one after another. 
     data                      bpe:SIZE becomes bpe:300
     generate, chat, eval      --max-tokens 8 (200 for eval); a missing file of prompts or of BLiMP
                               is made; chat hears three lines
+    serve                     on any free port, and told to end as soon as it says where it is
+    explore                   --json, which prints and leaves
+    bench serve               4 requests, of a run also where a server's address stands
 
 So a page stands alone and may be changed freely, as long as its commands are real ones. Every
 file and folder it names is relative to the workbench.
@@ -20,6 +23,11 @@ import gzip
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -93,7 +101,8 @@ class Workbench:
 
     def run(self, words: Sequence[str]) -> int:
         """The exit code of a documented ``deltamoe`` command, made small."""
-        return main(self.small(words))
+        small = self.small(words)
+        return _served(small) if small[0] == "serve" and "--help" not in small else main(small)
 
     def small(self, words: Sequence[str]) -> list[str]:
         """What is given to the program in place of a documented command's words."""
@@ -107,6 +116,10 @@ class Workbench:
             "eval": self._reader,
             "inspect": self._reader,
             "trace": self._reader,
+            "verify": self._reader,
+            "explore": self._explore,
+            "serve": self._serve,
+            "bench": self._bench,
             "convert": self._convert,
             "quantize": self._convert,
             "plan": self._configured,
@@ -195,6 +208,22 @@ class Workbench:
         limit = {"generate": "8", "chat": "8", "trace": "8", "eval": "200"}.get(verb)
         return [*words, "--max-tokens", limit] if limit else words
 
+    def _explore(self, verb: str, words: list[str]) -> list[str]:
+        path = _parsed(import_module("deltamoe.cli.explore").command, words)["path"]
+        if Path(path).suffix != ".safetensors":
+            words = _replaced(words, path, self.trained(path))
+        return [*words, "--json"]
+
+    def _serve(self, verb: str, words: list[str]) -> list[str]:
+        path = _parsed(import_module("deltamoe.cli.serve").command, words)["path"]
+        return [*_replaced(words, path, self.trained(path)), "--port", "0"]
+
+    def _bench(self, verb: str, words: list[str]) -> list[str]:
+        _, target, *_ = words
+        run = self.trained("runs/demo" if target.startswith("http") else target)
+        small = ["--requests", "4", "--prompt-tokens", "8", "--answer-tokens", "4"]
+        return [*_replaced(words, target, run), *small]
+
     def _convert(self, verb: str, words: list[str]) -> list[str]:
         source = _parsed(import_module(f"deltamoe.cli.{verb}").command, words)["source"]
         return _replaced(words, source, self.trained(source))
@@ -243,3 +272,24 @@ def _parsed(command: click.Command, words: list[str]) -> dict[str, Any]:
 
 def _replaced(words: list[str], old: str, new: str) -> list[str]:
     return [new if word == old else word for word in words]
+
+
+def _served(words: list[str]) -> int:
+    """The exit code of a server that is asked to end once it is well."""
+    command = [sys.executable, "-m", "deltamoe", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        said = ""
+        while not (found := re.search(r"http://[\d.]+:\d+", said)):
+            line = process.stdout.readline().decode()
+            assert line, f"the server ended: {said}"
+            said += line
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            try:
+                urllib.request.urlopen(f"{found[0]}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        return process.wait(timeout=60)

@@ -414,6 +414,30 @@ def test_a_damaged_state_fails_its_request_alone():
     assert_empty(core)
 
 
+def test_the_state_of_another_model_is_refused():
+    core = Core(model_of("hybrid"), TOKENIZER, OPTIONS)
+    for kind in ("all kda", "all mla"):
+        state = TextState(model_of(kind).initial_state(1), ())
+        with pytest.raises(ConfigError, match="that this model has read"):
+            core.prepare(Request(prompt=(1, 2), state=state))
+
+
+def test_who_cannot_be_placed_fails_alone(monkeypatch):
+    core = Core(model_of("hybrid"), TOKENIZER, OPTIONS)
+    state = TextState(model_of("hybrid").initial_state(1), ())
+
+    def refuse(*_):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(core.pool, "write", refuse)
+    broken = submit(core, Request(prompt=(1, 2), state=state))
+    fine = submit(core, Request(prompt=(1,), max_tokens=1))
+    drain(core)
+    assert isinstance(broken.error, RuntimeError)
+    assert fine.result is not None
+    assert_empty(core)
+
+
 def test_a_failing_chunk_fails_its_request_alone(monkeypatch):
     core = Core(model_of("hybrid"), TOKENIZER, COLD)
     bad, good = submit(core, mixed()[3]), submit(core, mixed()[0])

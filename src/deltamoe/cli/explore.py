@@ -12,7 +12,7 @@ import click
 
 from deltamoe.cli.format import COUNT
 from deltamoe.cli.sampling import model_options
-from deltamoe.errors import BackendUnavailableError, ConfigError
+from deltamoe.errors import BackendUnavailableError, CheckpointError, ConfigError
 from deltamoe.plan import Bits
 
 if TYPE_CHECKING:
@@ -52,11 +52,12 @@ def command(
 ) -> None:
     """Watch the model in RUN think: a run folder, a step folder, a published one, or a trace file.
 
-    Opens a page on this machine that nobody else can reach. A trace file is shown without a model.
+    Opens a page on this machine that nobody else can reach. A trace file is shown without a model;
+    of a run that has no checkpoint yet the training alone.
     Ctrl-C ends it.
     """
     from deltamoe.explorer import read_trace
-    from deltamoe.explorer.runs import list_runs, runs_folder
+    from deltamoe.explorer.runs import METRICS, list_runs, runs_folder
 
     folder = runs_folder(path)
     first = live = None
@@ -64,8 +65,13 @@ def command(
         from deltamoe.explorer.live import Live
         from deltamoe.inference.opened import open_model
 
-        opened = open_model(path, device=device, dtype=dtype, quantize=quantize, memory=memory)
-        live = Live(opened, name=path.resolve().name, prompt_tokens=max_tokens)
+        try:
+            opened = open_model(path, device=device, dtype=dtype, quantize=quantize, memory=memory)
+            live = Live(opened, name=path.resolve().name, prompt_tokens=max_tokens)
+        except CheckpointError as fault:
+            if not (path / METRICS).exists():
+                raise
+            click.echo(f"only the training is shown: {fault}", err=True)
     else:
         first = read_trace(path)
     if as_json:

@@ -23,7 +23,7 @@ from deltamoe.engine.snapshots import Kept, Snapshots
 from deltamoe.engine.state_pool import PoolSize, StatePool
 from deltamoe.errors import ConfigError, DeltamoeError
 from deltamoe.inference import TextState
-from deltamoe.model import HybridLM
+from deltamoe.model import HybridLM, KdaState, ModelState
 from deltamoe.tokenizer import Tokenizer, check_fit
 
 __all__ = ["Core", "Counters"]
@@ -123,6 +123,8 @@ class Core:
                 f"this engine's context is {self.size.context} tokens; shorten the prompt or "
                 "lower max_tokens"
             )
+        if request.state is not None and request.state.state is not None:
+            self._check_state(request.state.state)
         vocab_size = self.tokenizer.vocab_size
         for name, ids in (
             ("prompt", request.prompt),
@@ -132,6 +134,19 @@ class Core:
             if any(not 0 <= token_id < vocab_size for token_id in ids):
                 raise ConfigError(f"{name}: expected token ids from 0 to {vocab_size - 1}")
         return self._grammars.matcher(request)
+
+    def _check_state(self, state: ModelState) -> None:
+        own = self.model.initial_state(1)
+        fits = len(state.layers) == len(own.layers) and len(state.lengths) == 1
+        for given, layer in zip(state.layers, own.layers, strict=False):
+            sizes = [
+                # of latents the second dimension is the text's length
+                [part.shape[1 if isinstance(layer, KdaState) else 2 :] for part in each]
+                for each in (given, layer)
+            ]
+            fits = fits and type(given) is type(layer) and sizes[0] == sizes[1]
+        if not fits:
+            raise ConfigError("state: expected the state of one text that this model has read")
 
     def add(
         self,
@@ -200,7 +215,10 @@ class Core:
             if self._pages_to_start(sequence, kept) > self.pool.num_free_pages:
                 return
             self.scheduler.start()
-            self._place(sequence, kept)
+            try:
+                self._place(sequence, kept)
+            except Exception as error:  # its own state, which nobody else has begun to use
+                self.fail(sequence.job, error)
 
     def _kept_for(self, sequence: Sequence) -> Kept | None:
         """The state a sequence can go on from: its own, its prompt's, or a prefix of it."""
@@ -242,16 +260,14 @@ class Core:
         is_own = kept is not None and kept in (sequence.parked, job.fork)
         self.counters.num_rebuilt += sequence.is_bound and not is_own
         if kept is not None and kept.snapshot is not None:
-            handle = self.pool.restore(kept.snapshot)
+            sequence.handle = handle = self.pool.restore(kept.snapshot)
         else:
-            handle = self.pool.acquire()
+            sequence.handle = handle = self.pool.acquire()
             if job.request.state is not None and job.request.state.state is not None:
                 self.pool.reserve(handle, before)
                 self.pool.write(handle, job.request.state.state, before)
-                sequence.handle = handle
                 self._keep(sequence)
         self.pool.reserve(handle, max(before + sequence.num_prompt, handle.length + 1))
-        sequence.handle = handle
         sequence.num_read = handle.length - before
         sequence.is_fresh = True
         if not sequence.is_bound:

@@ -21,6 +21,7 @@ from deltamoe.engine.request import Piece, Request, Result
 from deltamoe.engine.sequence import Job
 from deltamoe.engine.state_pool import PoolSize
 from deltamoe.engine.ticket import Ticket, wake
+from deltamoe.errors import ConfigError
 from deltamoe.inference.text_state import evaluating
 from deltamoe.model import HybridLM
 from deltamoe.tokenizer import Tokenizer
@@ -92,6 +93,11 @@ class Engine:
         self.weights_sha256 = weights_sha256
         self.failure: BaseException | None = None
         self._core = Core(model, tokenizer, self.options)
+        if self.options.audit_every and not self._core.reader.has_decoder:
+            raise ConfigError(
+                "audit_every: answers can be compared bit by bit only where a Decoder reads them, "
+                "in fp32 or bf16 on a CPU with every expert in memory"
+            )
         self._changed = threading.Condition()
         self._auditor = Auditor(self._core, self.options.audit_every)
         self._submitted: deque[tuple[Request, Matcher | None, Ticket]] = deque()

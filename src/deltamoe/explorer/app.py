@@ -204,7 +204,7 @@ class _Explorer:
         return JSONResponse(
             {
                 "program": f"deltamoe {__version__}",
-                "mode": "file" if live is None else "live",
+                "mode": "live" if live else "file" if self._first else "runs",
                 "source": found if live is None else live.source,
                 "trace": self._first_id,
                 "has_runs": self._folder is not None,

@@ -158,6 +158,58 @@ def test_lies_about_sizes_are_named(
     page.wait_for_selector(".broken:has-text('misdescribed')")
 
 
+def _with(*where: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
+    """Sets one value deep in a summary."""
+
+    def change(summary: dict[str, Any]) -> None:
+        place: Any = summary
+        for step in where[:-1]:
+            place = place[step]
+        place[where[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("lie", "why"),
+    [
+        (_with("model", "config", "moe", "num_experts", to=10**9), "model.moe.num_experts"),
+        (_with("model", "config", "kda", "num_value_heads", to=10**9), "model.kda.num_value_heads"),
+        (_with("model", "config", "mla", "num_heads", to=10**9), "model.mla.num_heads"),
+        (_with("model", "config", "moe", "num_experts", to=6), "misdescribed"),
+        (_with("tokens", 3, to=None), "token 3"),
+        (_with("num_tokens", to=28), "28 tokens"),
+        (_with("timings", to=None), "timings"),
+        (_with("timings", to={}), "timings"),
+        (_with("checks", to={}), "checks"),
+        (lambda summary: summary["layers"].pop(), "3 layers of 4"),
+        (_with("layers", 1, "mixer", to="rnn"), "layer 1"),
+        (_with("arrays", 0, "dtype", to="f32"), "misdescribed"),
+        (_with("arrays", 0, "shape", to=[-29]), "misdescribed"),
+        (_with("arrays", 0, to=None), "lists an array"),
+        (lambda summary: summary["arrays"].pop(0), "is missing"),
+        (_with("model", "parameters", to=None), "cannot be shown"),
+    ],
+)
+def test_a_lie_leaves_what_was_there(
+    page: Any,
+    server: Server,
+    trace_file: Path,
+    tmp_path: Path,
+    lie: Callable[[dict[str, Any]], None],
+    why: str,
+) -> None:
+    """The reason is said, and the recorded run that was open comes back."""
+    start(page, server.address)
+    record(page, "Once upon", write=2)
+    hostile = rewritten(trace_file, tmp_path / "lie.safetensors", lie)
+    page.set_input_files("input[type=file]", hostile)
+    page.wait_for_selector(f".broken:has-text('{why}')")
+    page.click("button:text-is('Back')")
+    page.wait_for_selector(".token >> nth=11")
+    assert page.locator(".broken").count() == 0
+
+
 def test_a_newer_file_is_named(page: Any, server: Server, trace_file: Path, tmp_path: Path) -> None:
     def age(summary: dict[str, Any]) -> None:
         summary["format"] = 3

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.explorer.page.conftest import Server, record, show, start
+from tests.explorer.page.conftest import Server, record, show, start, until
 
 VIEWS = [
     *("sparse", "experts", "load", "decay", "memory", "attention"),
@@ -169,6 +169,72 @@ def test_ablate(page: Any, server: Server) -> None:
     assert float(shown.split()[0]) == pytest.approx(answer["after"]["loss"], rel=1e-3)  # 4 digits
     page.click("#panel button:has-text('✕')")
     page.wait_for_selector("text=Nothing is off")
+
+
+def test_ablation_is_asked_once(page: Any, server: Server) -> None:
+    """Looking at other layers and views asks nothing; another part off does."""
+    start(page, server.address)
+    record(page, "Once upon", write=2)
+    show(page, "ablate")
+    asked: list[str] = []
+    page.on("request", lambda r: asked.append(r.url) if r.url.endswith("api/ablate") else None)
+    page.click("button:text-is('Layer off')")
+    page.wait_for_selector("#panel [data-ready] .fact")
+    page.keyboard.press("ArrowUp")
+    page.wait_for_selector("#panel [data-ready] .fact")
+    show(page, "sparse")
+    show(page, "ablate")
+    page.wait_for_selector("#panel [data-ready] .fact")
+    assert len(asked) == 1
+    page.click("button:text-is('Layer off')")
+    page.wait_for_selector("#panel button:has-text('✕') >> nth=1")
+    page.wait_for_selector("#panel [data-ready] .fact")
+    assert len(asked) == 2
+
+
+def test_another_address_opens_another_trace(page: Any, server: Server) -> None:
+    """What a changed hash names is opened, and what it overstates is cut to what there is."""
+    start(page, server.address)
+    first = record(page, "Once upon", write=2)
+    second = record(page, "Once upon a time", write=4)
+    page.evaluate(f"location.hash = 'trace={first}&token=9999&expert=9999&layer=99&part=lid'")
+    page.wait_for_selector(".token.is-pinned[data-index='11']")
+    assert state(page, "trace") == first != second
+    until(page, "location.hash.includes('token=11')")
+    assert (state(page, "layer"), state(page, "expert")) == ("3", "4")
+    assert state(page, "part") in ("mixer", "channel")
+    assert page.input_value("textarea.prompt") == "Once upon"
+
+
+def test_enter_while_it_records_is_no_second_recording(page: Any, server: Server) -> None:
+    start(page, server.address)
+    asked: list[str] = []
+    page.on("request", lambda r: asked.append(r.url) if r.url.endswith("api/trace") else None)
+    page.fill("input[name='tokens to write']", "480")
+    page.fill("textarea.prompt", "Once")
+    page.press("textarea.prompt", "Enter")
+    page.press("textarea.prompt", "Enter")
+    page.click("#ask button:has-text('Stop')")
+    page.wait_for_selector("text=Stopped.")
+    assert len(asked) == 1
+
+
+def test_a_branch_replaces_a_recording(page: Any, server: Server) -> None:
+    """The recording that is cut off says nothing any more."""
+    start(page, server.address)
+    record(page, "Once upon", write=2)
+    show(page, "next")
+    page.wait_for_selector("button.bar >> nth=3")
+    page.fill("input[name='tokens to write']", "480")
+    page.fill("textarea.prompt", "Once")
+    page.press("textarea.prompt", "Enter")
+    page.wait_for_selector(".progress")
+    page.fill("input[name='tokens to write']", "3")
+    page.click("button.bar >> nth=3")
+    page.wait_for_selector(".token.is-pinned[data-index='1']")
+    assert page.locator(".token").count() == 5
+    assert page.locator(".broken, .progress").count() == 0
+    assert page.locator("#ask button:has-text('Stop')").is_hidden()
 
 
 def test_a_text_beyond_the_cap_is_refused_in_words(page: Any, server: Server) -> None:

@@ -16,7 +16,7 @@ import { showTokens } from "./views/tokens.js";
 import { VIEWS } from "./views/index.js";
 
 const at = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.getElementById(id));
-const store = createStore();
+const store = createStore(followHash);
 const sheet = keySheet();
 /** @type {{abort: AbortController | null, trace: import("./trace.js").Trace | null, model: any, status: any, phase: string, store: typeof store, file: ArrayBuffer | null, traceId: string, [more: string]: any}} */
 const app = { store, trace: null, model: null, status: null, phase: "idle", abort: null, file: null, traceId: "" };
@@ -46,13 +46,31 @@ function layerNumbers(layer) {
     ...Object.entries(names).filter(([key]) => typeof said[key] === "number").map(([key, name]) => /** @type {[string, string]} */ ([name, exact(said[key])]))];
 }
 
-/** Show a trace. @param {import("./trace.js").Trace} trace @param {number} [token] the one to begin at */
-function open(trace, token = store.get().token) {
+/**
+ * Show a trace. If that fails, the one before it is what Back shows.
+ * @param {import("./trace.js").Trace} trace @param {number} [token] the one to begin at
+ * @param {{file: ArrayBuffer | null, traceId: string}} [from] where it came from
+ */
+function open(trace, token = store.get().token, from = app) {
+  const before = { trace: app.trace, file: app.file, traceId: app.traceId };
+  Object.assign(app, { file: from.file, traceId: from.traceId });
+  try {
+    draw(trace, token);
+  } catch (error) {
+    if (before.trace !== trace) Object.assign(app, before);
+    throw new Error(`This recorded run cannot be shown: ${/** @type {Error} */ (error).message}`);
+  }
+  store.set({ trace: app.traceId });
+  if (trace !== before.trace) app.ask?.fill(trace.summary.prompt);
+}
+
+/** @param {import("./trace.js").Trace} trace @param {number} token */
+function draw(trace, token) {
   leave.forEach((run) => run());
+  leave = [];
   app.trace = /** @type {any} */ (trace);
   trace.limit = app.status?.limits?.prompt_tokens;
-  const { layer, expert } = store.get();
-  store.set({ token: Math.min(token, trace.numTokens - 1), layer: Math.min(layer, trace.layers.length - 1), preview: null, playing: false, expert: Math.min(expert, (trace.config.moe?.num_experts ?? 1) - 1) });
+  store.set({ ...within({ ...store.get(), token }), preview: null, playing: false });
   const start = performance.now();
   if (!store.get().part) panel.follow();
   leave = [
@@ -65,14 +83,33 @@ function open(trace, token = store.get().token) {
   announce(`${trace.numTokens} tokens`);
 }
 
+/** What there is of what is wanted. @param {Partial<import("./store.js").State>} wanted */
+function within(wanted) {
+  if (!app.trace) return wanted;
+  const { numTokens, layers, config } = app.trace;
+  const most = { token: numTokens - 1, layer: layers.length - 1, expert: (config.moe?.num_experts ?? 1) - 1 };
+  const kept = Object.entries(most).filter(([key]) => key in wanted).map(([key, last]) => [key, Math.min(/** @type {any} */ (wanted)[key], last)]);
+  return { ...wanted, ...Object.fromEntries(kept) };
+}
+
+/** Go where a changed address says. @param {Partial<import("./store.js").State>} wanted */
+async function followHash({ trace, ...rest }) {
+  try {
+    if (trace && trace !== app.traceId) await openId(trace);
+    store.set(within(rest));
+  } catch (error) {
+    fail(/** @type {Error} */ (error));
+  }
+}
+
+let opening = 0; // the last one that was asked for is shown
+
 /** @param {File} file */
 async function openFile(file) {
+  const mine = ++opening;
   try {
     const bytes = await file.arrayBuffer();
-    const trace = readTraceFile(bytes);
-    Object.assign(app, { file: bytes, traceId: "" });
-    store.set({ trace: "" });
-    open(trace, 0);
+    if (mine === opening) open(readTraceFile(bytes), 0, { file: bytes, traceId: "" });
   } catch (error) {
     fail(/** @type {Error} */ (error));
   }
@@ -80,10 +117,9 @@ async function openFile(file) {
 
 /** @param {string} id @param {number} [token] */
 async function openId(id, token) {
+  const mine = ++opening;
   const trace = await openTrace(id);
-  Object.assign(app, { file: null, traceId: id });
-  store.set({ trace: id });
-  open(trace, token);
+  if (mine === opening) open(trace, token, { file: null, traceId: id });
 }
 
 /** @param {string} path @param {any} body @param {number} [token] the one to show afterwards */
@@ -96,8 +132,10 @@ async function recordTrace(path, body, token = 0) {
   leave = [];
   try {
     const id = await record(at("tokens"), path, body, abort.signal, tell, (app.trace?.config ?? app.model?.config)?.num_layers ?? 0);
+    if (app.abort !== abort) return;
     await openId(id, token);
   } catch (error) {
+    if (app.abort !== abort) return;
     if (abort.signal.aborted) {
       if (app.trace) open(app.trace);
       else show(at("tokens"), h("div", { class: "empty" }, "Stopped."));
@@ -150,7 +188,8 @@ const file = inlined();
 if (!file) {
   try {
     app.status = await json("api/status");
-    app.model = await json("api/model");
+    if (app.status.mode !== "runs") app.model = await json("api/model");
+    else store.set({ view: "runs" }); // a run without a checkpoint: its training is all there is
   } catch (error) {
     fail(/** @type {Error} */ (error));
   }
@@ -172,8 +211,7 @@ tell("idle");
 const wanted = [store.get().trace, app.status?.trace].filter(Boolean);
 try {
   if (file) {
-    app.file = file;
-    open(readTraceFile(file));
+    open(readTraceFile(file), undefined, { file, traceId: "" });
   } else if (wanted.length) await openId(wanted[0]).catch((error) => (wanted[1] ? openId(wanted[1]) : Promise.reject(error)));
 } catch (error) {
   store.set({ trace: "" });

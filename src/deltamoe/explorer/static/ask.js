@@ -26,7 +26,7 @@ export function showAsk(root, { record, stop, openFile }, status) {
   const isLive = status?.mode === "live";
   show(root,
     isLive ? [prompt, h("label", { class: "field" }, "write", length), h("label", { class: "field" }, "temperature", temperature), h("label", { class: "field" }, "seed", seed), go, halt]
-      : h("span", { class: "note", style: { flex: "1" } }, status ? "A trace file is open. To type a prompt, open a model: deltamoe explore RUN" : "A recorded run, opened without a server: everything here is in the file."),
+      : h("span", { class: "note", style: { flex: "1" } }, status?.mode === "runs" ? "This run has no checkpoint yet: its training is shown. Open it again later to type a prompt." : status ? "A trace file is open. To type a prompt, open a model: deltamoe explore RUN" : "A recorded run, opened without a server: everything here is in the file."),
     button("Open a trace file", () => file.click(), { title: "or drop one on the page" }), file);
   prompt.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey) return;
@@ -35,7 +35,7 @@ export function showAsk(root, { record, stop, openFile }, status) {
   });
   root.onsubmit = (event) => {
     event.preventDefault();
-    if (!isLive || !prompt.value) return;
+    if (!isLive || !prompt.value || /** @type {HTMLButtonElement} */ (go).disabled) return;
     prompt.blur();
     record("api/trace", { prompt: prompt.value, ...sampling() });
   };
@@ -51,7 +51,7 @@ export function showAsk(root, { record, stop, openFile }, status) {
     focus: () => prompt.focus(),
     /** @param {string} text */
     fill(text) {
-      prompt.value = text;
+      if (document.activeElement !== prompt) prompt.value = text; // nobody is typing
     },
     /** @param {boolean} isBusy */
     busy(isBusy) {

@@ -20,6 +20,7 @@
 /** @type {State} */
 const START = { trace: "", token: 0, preview: null, layer: 0, part: "", head: 0, expert: 0, view: "sparse", metric: "surprise", playing: false };
 const IN_HASH = /** @type {(keyof State)[]} */ (["trace", "view", "token", "layer", "part", "head", "expert", "metric"]);
+const PARTS = ["mixer", "channel", ""];
 
 /** @returns {Partial<State>} */
 function fromHash() {
@@ -32,13 +33,16 @@ function fromHash() {
     if (typeof START[key] === "number") {
       const whole = Number.parseInt(value, 10);
       if (whole >= 0) found[key] = whole;
-    } else if (/^[\w-]{0,64}$/.test(value)) found[key] = value;
+    } else if (key === "part" ? PARTS.includes(value) : /^[\w-]{0,64}$/.test(value)) found[key] = value;
   }
   return found;
 }
 
-/** The chosen state, and a way to hear of changes. */
-export function createStore() {
+/**
+ * The chosen state, and a way to hear of changes.
+ * @param {(wanted: Partial<State>) => void} follow called with what a changed hash says
+ */
+export function createStore(follow) {
   /** @type {State} */
   let state = { ...START, ...fromHash() };
   /** @type {Set<(state: State, changed: Set<string>) => void>} */
@@ -59,7 +63,7 @@ export function createStore() {
     for (const tell of listeners) tell(state, changed);
   }
 
-  addEventListener("hashchange", () => set(fromHash()));
+  addEventListener("hashchange", () => follow(fromHash()));
   return {
     get: () => state,
     set,

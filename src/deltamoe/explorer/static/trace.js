@@ -3,10 +3,11 @@
  * file. Views cannot tell which. The format is docs/explorer.md's.
  */
 
+import { checkGeometry, GeometryError } from "./geometry.js";
+
 const KIND = "deltamoe.trace";
 const FORMAT = 1;
 const MOST_HEADER_BYTES = 16 << 20;
-const READERS = { F32: Float32Array, I32: Int32Array, U16: Uint16Array, F16: null, U8: Uint8Array };
 
 /** A file or an answer that is not what it should be; the message is for the reader. */
 export class TraceError extends Error {}
@@ -125,20 +126,17 @@ export function readTraceFile(file) {
   } catch {
     throw broken("its header is not JSON in UTF-8");
   }
-  if (header?.__metadata__?.kind !== KIND || !Array.isArray(summary?.arrays) || !Array.isArray(summary?.tokens) || !Array.isArray(summary?.layers) || !summary?.model?.config) {
+  if (header?.__metadata__?.kind !== KIND || typeof summary !== "object" || summary === null || !Array.isArray(summary.arrays)) {
     throw broken("its metadata do not describe a recorded run");
   }
   const data = 8 + length;
-  for (const entry of summary.arrays) {
-    const tensor = header[entry.name];
-    const Kind = READERS[/** @type {"F32"} */ (tensor?.dtype)];
-    const size = entry.shape?.reduce?.((/** @type {number} */ a, /** @type {number} */ b) => a * b, 1);
-    const [begin, end] = tensor?.data_offsets ?? [];
-    if (!Kind || !(size >= 0) || !(begin >= 0) || end - begin !== size * Kind.BYTES_PER_ELEMENT || data + end > file.byteLength) {
-      throw broken(`the array ${String(entry.name).slice(0, 60)} is cut short or misdescribed`);
+  if (!(summary.format > FORMAT)) { // Trace names a newer one
+    try {
+      checkGeometry(summary, header, file.byteLength - data);
+    } catch (error) {
+      throw error instanceof GeometryError ? broken(error.message) : error;
     }
   }
-  if (summary.tokens.length !== summary.num_tokens) throw broken(`it counts ${summary.num_tokens} tokens and names ${summary.tokens.length}`);
   return new Trace(summary, async (name, layer) => {
     const entry = summary.arrays.find((/** @type {any} */ one) => one.name === name);
     const [begin, end] = header[name].data_offsets;

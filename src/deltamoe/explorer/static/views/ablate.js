@@ -11,6 +11,22 @@ import { facts, figure, headsOf } from "../panel.js";
 /** What is switched off; kept while the reader looks at other views. @type {Part[]} */
 let off = [];
 let expertsAre = "never_chosen";
+/** The last question and its answer. @type {{key: string, answer: Promise<any>} | null} */
+let last = null;
+let turn = 0;
+
+/** What the model makes of a trace with the parts off; the same question is asked once. @param {string} trace @returns {Promise<any>} */
+function outcomeOf(trace) {
+  const pairs = (/** @type {string} */ kind) => off.filter((part) => part.kind === kind).map((part) => [part.layer, part.index]);
+  const body = { trace, layers: pairs("layers").map(([one]) => one), heads: pairs("heads"), experts: pairs("experts"), experts_are: expertsAre };
+  const key = JSON.stringify(body);
+  if (last?.key !== key) {
+    const asked = { key, answer: json("api/ablate", body) };
+    last = asked;
+    asked.answer.catch(() => { if (last === asked) last = null; });
+  }
+  return last.answer;
+}
 
 /** @param {Part} part */
 const nameOf = ({ kind, layer, index }) => (kind === "layers" ? `layer ${layer}` : `${kind.slice(0, -1)} ${index} of layer ${layer}`);
@@ -48,6 +64,7 @@ export const ablate = {
       channel === "moe" && choice("its place is", [["never_chosen", "taken by the next best"], ["silent", "left silent"]], expertsAre, (value) => { expertsAre = value; run(); }));
 
     async function run() {
+      const mine = ++turn;
       show(chips, off.length ? h("span", { class: "note" }, "off:") : h("span", { class: "note" }, "Nothing is off. Choose a part and switch it off."),
         ...off.map((part) => button(`${nameOf(part)} ✕`, () => { off = off.filter((one) => one !== part); run(); })));
       if (!off.length) {
@@ -56,12 +73,12 @@ export const ablate = {
       }
       show(result, h("div", { class: "loading" }));
       try {
-        const pairs = (/** @type {string} */ kind) => off.filter((part) => part.kind === kind).map((part) => [part.layer, part.index]);
-        const answer = await json("api/ablate", { trace: app.traceId, layers: pairs("layers").map(([one]) => one), heads: pairs("heads"), experts: pairs("experts"), experts_are: expertsAre });
+        const answer = await outcomeOf(app.traceId);
+        if (mine !== turn) return;
         show(result, outcome(answer, trace, width, store));
         result.dataset.ready = "true";
       } catch (error) {
-        show(result, h("div", { class: "broken", role: "alert" }, /** @type {Error} */ (error).message));
+        if (mine === turn) show(result, h("div", { class: "broken", role: "alert" }, /** @type {Error} */ (error).message));
       }
     }
     run();

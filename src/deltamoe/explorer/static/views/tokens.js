@@ -136,8 +136,9 @@ export function showTokens(root, trace, store) {
   });
   scroller.addEventListener("wheel", (event) => {
     if (Math.abs(event.deltaY) <= Math.abs(event.deltaX)) return;
+    const before = scroller.scrollLeft;
     scroller.scrollLeft += event.deltaY;
-    event.preventDefault();
+    if (scroller.scrollLeft !== before) event.preventDefault();
   }, { passive: false });
 
   show(root, scroller, words);
