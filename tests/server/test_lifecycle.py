@@ -36,9 +36,10 @@ class Asking(threading.Thread):
 
     @property
     def last(self) -> object:
+        """The last event; the whole answer of a stream that was refused before its first piece."""
         self.join(timeout=30)
         assert self.answer is not None
-        return self.answer.events[-1]
+        return self.answer.events[-1] if self.answer.status == 200 else self.answer.json
 
 
 def test_short_answers_finish_and_long_ones_are_told(fresh: Engine) -> None:
