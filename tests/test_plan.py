@@ -294,3 +294,12 @@ def test_plan_does_not_import_torch():
     code = "import deltamoe.plan, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr("deltamoe.plan._CONTAINER_LIMITS", (tmp_path / "none", limit))
+    limit.write_text("max\n")
+    whole = machine_memory()
+    limit.write_text("1048576\n")
+    assert machine_memory() == 1048576 < whole

@@ -11,8 +11,10 @@ Source: Kimi Linear (arXiv 2510.26692), sections 3 to 5, also for the FLOPs of t
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from deltamoe.config import KdaConfig, MlaConfig, ModelConfig, MoeConfig, RunConfig
@@ -488,9 +490,19 @@ def plan(
     )
 
 
+_CONTAINER_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
 def machine_memory() -> int:
-    """Bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of memory that this process may come to have: the machine's, or its container's."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in _CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # no container; "max" is no limit
+            memory = min(memory, int(limit.read_text()))
+    return memory
 
 
 def _training(run: RunConfig, memory_bytes: int) -> TrainingPlan:

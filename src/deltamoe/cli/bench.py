@@ -47,7 +47,12 @@ def command() -> None:
 )
 @click.option("--shared-prefix", type=COUNT, default=0, help="Tokens that all prompts begin with.")
 @click.option("--seed", type=COUNT, default=0, help="Decides lengths, texts and times.")
-@click.option("--api-key", default="", help="Sent with each request.")
+@click.option(
+    "--api-key",
+    default="",
+    envvar="DELTAMOE_API_KEY",
+    help="Sent with each request; DELTAMOE_API_KEY's if it is not given.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def serve(
     target: str,
@@ -87,6 +92,9 @@ def serve(
     ]
     with _server(target, api_key) as address:
         reports = [asyncio.run(measure(address, plan)) for plan in plans]
+    if not any(report.num_finished for report in reports):
+        why = next((error for report in reports for error in report.errors), "all were refused")
+        raise DeltamoeError(f"no request was answered: {why}")
     named = list(zip([name for name, *_ in loads], reports, strict=True))
     if as_json:
         click.echo(json.dumps([{"load": name} | report.to_dict() for name, report in named]))
