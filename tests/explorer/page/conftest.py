@@ -134,9 +134,9 @@ def trace_file(tmp_path_factory: pytest.TempPathFactory, opened_run: Any) -> Pat
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """One Chromium for all tests."""
+    """One Chromium for a file's tests; while it runs, nobody else can have an event loop."""
     must = "CI_REQUIRES_CHROMIUM" in os.environ
     program = shutil.which("chromium")
     try:
