@@ -1,6 +1,7 @@
 """Shared by all tests: a fixed seed, and on request fresh memory that is poisoned with NaN."""
 
 import os
+import signal
 
 # as the command line does: spinning threads of several test processes would starve one another
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -8,6 +9,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from collections.abc import Iterator
 
 import pytest
+
+# whoever runs the tests in the background may have had these ignored, and children inherit that
+for _number, _default in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 
 @pytest.fixture(autouse=True)
