@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import machine  # before torch
 import torch
-from machine import RESULTS, describe
 from torch import Tensor
 
 from deltamoe.checkpoint import Checkpoint, open_checkpoint
@@ -84,7 +84,7 @@ def main() -> None:
     lines = [
         "# A conversion's memory",
         "",
-        describe(),
+        machine.describe(),
         "",
         f"{before.manifest.num_bytes / 1e9:.2f} GB of random bf16 weights: the 48B's embedding, "
         f"head and first {MODEL.num_layers} layers ({MODEL.schedule}, 2 x 256 experts), to a "
@@ -98,7 +98,7 @@ def main() -> None:
         there,
         back,
     ]
-    (RESULTS / "conversion.md").write_text("\n".join(lines) + "\n")
+    (machine.RESULTS / "conversion.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

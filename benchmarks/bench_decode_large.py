@@ -14,19 +14,17 @@ import argparse
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import benchmarks.machine as machine  # before torch
 import torch
-from benchmarks.bench_decode import BARS, copying
-from benchmarks.contestants import FLASH_ATTENTION, Contestant, LlamaCpp, median_ratio, serve
+from benchmarks.contestants import Contestant, median_ratio
+from benchmarks.decoding import BARS, contest
 from benchmarks.large import MODEL, PRECISIONS, gguf_path, step_path
-from benchmarks.machine import RESULTS, describe
 
 from deltamoe.checkpoint import load, open_checkpoint
-from deltamoe.model import Decoder, ModelState
+from deltamoe.model import Decoder
 from deltamoe.plan import parameters
 
 MODULE = "benchmarks.bench_decode_large"
@@ -34,59 +32,8 @@ TOKENS = 24
 FLOOR = 0.7
 
 
-def text() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(MODEL.vocab_size, (TOKENS + 1, 1), generator=generator)
-
-
 def open_decoder(folder: str) -> Decoder:
     return Decoder(load(open_checkpoint(folder, check_hashes=False)))
-
-
-def ours(folder: str) -> Callable[[int], float]:
-    decoder = open_decoder(folder)
-
-    def decode(_: int) -> float:
-        ids = text()
-        state: ModelState | None = None
-        _, state = decoder.step(ids[0], state)
-        started = time.perf_counter()
-        for step in ids[1:]:
-            _, state = decoder.step(step, state)
-        return time.perf_counter() - started
-
-    return decode
-
-
-def llama_cpp(file: str, threads: int) -> Callable[[int], float]:
-    def decoder(flash_attention: str) -> Callable[[int], float]:
-        peer = LlamaCpp(file, context=256, threads=threads, flash_attention=flash_attention)
-
-        def decode(_: int) -> float:
-            first, *rest = text().flatten().tolist()
-            peer.forget()
-            peer.read([first])
-            started = time.perf_counter()
-            for id_ in rest:
-                peer.read([id_])
-            return time.perf_counter() - started
-
-        return decode
-
-    return decoder(next(iter(FLASH_ATTENTION)))
-
-
-def contest(arguments: list[str]) -> None:
-    kind, what, threads = arguments
-    torch.set_num_threads(int(threads))
-    if kind == "ours":
-        run = ours(what)
-    elif kind == "llama.cpp":
-        run = llama_cpp(what, int(threads))
-    else:
-        run = copying()
-    run(1)
-    serve(run)
 
 
 def measure(folder: Path, precision: str, rounds: int, threads: int) -> dict[str, list[float]]:
@@ -122,7 +69,7 @@ def row(precision: str, found: dict[str, list[float]], needed: int) -> str:
 
 def main() -> None:
     if sys.argv[1:2] == ["--serve"]:
-        return contest(sys.argv[2:])
+        return contest(sys.argv[2:], open_decoder, MODEL.vocab_size, TOKENS)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
@@ -130,20 +77,20 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PRECISIONS))
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    kept = RESULTS / "decode_large.json"
+    kept = machine.RESULTS / "decode_large.json"
     data: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {"speeds": {}}
     for precision in options.only.split(","):
         found = measure(options.folder, precision, options.rounds, options.threads)
         needed = open_decoder(str(step_path(options.folder, precision))).bytes_per_token
         data["speeds"][precision] = {**found, "bytes_per_token": needed}
         print(row(precision, found, needed), flush=True)
-    data |= {"machine": describe(), "threads": options.threads}
+    data |= {"machine": machine.describe(), "threads": options.threads}
     counted = parameters(MODEL)
     lines = [
         "# Decoding with a billion parameters",
         "",
-        f"{describe()}; contestants with {options.threads} threads, {options.rounds} rounds of "
-        f"{TOKENS} tokens.",
+        f"{machine.describe()}; contestants with {options.threads} threads, "
+        f"{options.rounds} rounds of {TOKENS} tokens.",
         f"{counted.total:,} parameters, {counted.active:,} of them for a token; copy: read and "
         "written together.",
         "",
@@ -157,7 +104,7 @@ def main() -> None:
             lines.append(row(precision, entry, needed))
     print("\n".join(lines))
     if options.write:
-        (RESULTS / "decode_large.md").write_text("\n".join(lines) + "\n")
+        (machine.RESULTS / "decode_large.md").write_text("\n".join(lines) + "\n")
         kept.write_text(json.dumps(data, indent=1) + "\n")
 
 

@@ -20,10 +20,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import benchmarks.machine as machine  # before torch
 import torch
 from benchmarks.bench_decode import MODEL, build
 from benchmarks.contestants import Contestant, LlamaCpp, gguf_file, serve
-from benchmarks.machine import RESULTS, describe
+from benchmarks.decoding import peer_seconds, step_seconds
 
 from deltamoe.layers import MlaState
 from deltamoe.model import Decoder, ModelState
@@ -61,11 +62,7 @@ def ours(name: str, precision: str) -> Callable[[int], float]:
 
     def decode(depth: int) -> float:
         ids = torch.randint(MODEL.vocab_size, (TOKENS + 1, 1))
-        _, state = decoder.step(ids[0], states[depth])  # copies the cache
-        started = time.perf_counter()
-        for step in ids[1:]:
-            _, state = decoder.step(step, state)
-        return time.perf_counter() - started
+        return step_seconds(decoder, ids, states[depth])
 
     return decode
 
@@ -76,12 +73,7 @@ def llama_cpp(file: str, threads: int) -> Callable[[int], float]:
 
     def decode(depth: int) -> float:
         ids = torch.randint(MODEL.vocab_size, (depth + TOKENS,)).tolist()
-        peer.forget()
-        peer.read(ids[:depth])
-        started = time.perf_counter()
-        for id_ in ids[depth:]:
-            peer.read([id_])
-        return time.perf_counter() - started
+        return peer_seconds(peer, ids[:depth], ids[depth:])
 
     return decode
 
@@ -120,7 +112,7 @@ def measure(rounds: int, threads: int) -> dict[str, list[float]]:
     contestants = {"reading": Contestant(MODULE, "reading", "", "", threads=threads)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        file = gguf_file(save(folder / "it", build("f32")), folder / "it.gguf", "f32", MODULE)
+        file = gguf_file(save(folder / "it", build("f32")), folder / "it.gguf", "f32")
         contestants["llama.cpp, f32"] = Contestant(
             MODULE, "llama.cpp", str(file), "f32", threads=threads
         )
@@ -154,7 +146,8 @@ def report(found: dict[str, list[float]], threads: int) -> str:
     lines = [
         "# Decoding behind long texts",
         "",
-        f"{describe()}; contestants with {threads} threads, {len(found['reading'])} rounds.",
+        f"{machine.describe()}; contestants with {threads} threads, {len(found['reading'])} "
+        "rounds.",
         f"Reading: {median['reading'] / 1e9:.1f} GB/s. Milliseconds a token; the hybrid's slope is "
         f"from {DEPTHS[0]:,} to {DEPTHS[-1]:,} tokens, its latents' what they take at that speed.",
         "",
@@ -196,9 +189,9 @@ def main() -> None:
     text = report(found, options.threads)
     print(text)
     if options.write:
-        (RESULTS / "depth.md").write_text(text)
-        data = {"machine": describe(), "threads": options.threads, "found": found}
-        (RESULTS / "depth.json").write_text(json.dumps(data, indent=1) + "\n")
+        (machine.RESULTS / "depth.md").write_text(text)
+        data = {"machine": machine.describe(), "threads": options.threads, "found": found}
+        (machine.RESULTS / "depth.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

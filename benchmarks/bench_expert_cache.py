@@ -20,9 +20,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import machine  # before torch
 import torch
-from machine import RESULTS, describe
 
 from deltamoe.checkpoint import Checkpoint, load
 from deltamoe.checkpoint.folder import CONFIG, WEIGHTS
@@ -33,7 +34,7 @@ from deltamoe.checkpoint.tensors import DTYPES, write_pieces
 from deltamoe.config import ModelConfig, RunConfig, preset, to_json, whole_number
 from deltamoe.layers.expert_cache import CachedExperts
 
-_BITS = 4
+_BITS: Literal[4] = 4
 _BLOCK = 1 << 26  # bytes written at a time
 
 
@@ -148,11 +149,18 @@ def main() -> None:
     ]
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     note = "Random weights; the medians and means are over the second half of the tokens."
-    text = "\n".join([describe(), "", note, "", *lines])
+    text = "\n".join([machine.describe(), "", note, "", *lines])
     print(text)
-    (RESULTS / "expert_cache.md").write_text(f"# Decoding within a budget of memory\n\n{text}\n")
-    record = {"machine": describe(), "file_bytes": file_bytes, "memory": given.memory, **found}
-    (RESULTS / "expert_cache.json").write_text(json.dumps(record))
+    (machine.RESULTS / "expert_cache.md").write_text(
+        f"# Decoding within a budget of memory\n\n{text}\n"
+    )
+    record = {
+        "machine": machine.describe(),
+        "file_bytes": file_bytes,
+        "memory": given.memory,
+        **found,
+    }
+    (machine.RESULTS / "expert_cache.json").write_text(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import machine
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from machine import RESULTS, describe
 
 from deltamoe.config import resolve
 from deltamoe.plan import plan
@@ -34,7 +35,7 @@ VARIANTS = {
 }
 
 
-def train(name: str, steps: int, folder: Path) -> dict[str, float | str]:
+def train(name: str, steps: int, folder: Path) -> dict[str, Any]:
     """Train one variant on one thread and return its row of the table."""
     overrides = [*VARIANTS[name], "train.threads=1", f"train.steps={steps}"]
     costs = plan(resolve(str(HERE / "experts.toml"), overrides)[0])
@@ -72,9 +73,11 @@ def main() -> None:
             f"{r['validation_bits_per_byte']:.4f} | {r['max_vio']:.2f} |"
         )
     tokens = f"{given.steps * 8 * 256:,} bytes of training text each, one seed."
-    text = "\n".join([describe(), "", tokens, "", *table]) + "\n"
-    (RESULTS / "experts.md").write_text("# More experts at equal active FLOPs\n\n" + text)
-    (RESULTS / "experts.json").write_text(json.dumps({"machine": describe(), "rows": rows}))
+    text = "\n".join([machine.describe(), "", tokens, "", *table]) + "\n"
+    (machine.RESULTS / "experts.md").write_text("# More experts at equal active FLOPs\n\n" + text)
+    (machine.RESULTS / "experts.json").write_text(
+        json.dumps({"machine": machine.describe(), "rows": rows})
+    )
     figure, axes = plt.subplots(figsize=(6, 3.6))
     axes.plot([r["total"] / 1e6 for r in rows], [r["validation_bits_per_byte"] for r in rows], "o-")
     for r in rows:

@@ -4,11 +4,17 @@
     python benchmarks/bench_kda.py precisions   # bf16 against fp32 alone
 
 Each row runs in a process of its own, which also measures the machine's fp32 matrix product (the
-floor) and what the row adds to the process's peak memory. The ratios are of one run. Useful
+floor), what the row adds to the process's peak memory, and how far its outputs are from the
+definition in fp64 (RMS of the difference to RMS of the outputs). The ratios are of one run. Useful
 operations forward: T H (640 K + 6 K V). Peers: transformers' torch path, and flash-linear-
-attention's naive chunk form where fla-core is installed.
+attention's naive chunk form, which is skipped where fla-core is not installed. It needs neither a
+GPU nor Triton:
+
+    pip install --no-deps --target build/fla fla-core==0.5.2 einops
+    PYTHONPATH=build/fla python benchmarks/bench_kda.py
 """
 
+import argparse
 import importlib.util
 import json
 import resource
@@ -20,8 +26,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import machine  # before torch
 import torch
-from machine import describe, interleaved_seconds, median_seconds
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -46,14 +52,17 @@ def inputs(time: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 def transformers_chunk() -> Callable[..., Any]:
     from transformers.models.kimi_linear import modeling_kimi_linear as peer
 
-    return peer.chunk_kimi_delta_attention
+    def function(q: Tensor, *others: Tensor) -> Any:
+        return peer.chunk_kimi_delta_attention(q * K**0.5, *others)  # it brings the scale itself
+
+    return function
 
 
 def fla_naive() -> Callable[..., Any]:
     """The file alone: the package around it needs Triton."""
     package = importlib.util.find_spec("fla")
     if package is None or not package.submodule_search_locations:
-        raise ImportError("fla-core is not installed")
+        raise ImportError("fla-core is not installed; the docstring says how")
     path = Path(package.submodule_search_locations[0]) / "ops" / "kda" / "naive.py"
     spec = importlib.util.spec_from_file_location("fla_naive_kda", path)
     assert spec is not None
@@ -87,7 +96,7 @@ def measure(name: str) -> dict[str, float]:
     make, dtype, repeats = ROWS[name]
     function = make()
     a = torch.randn(2048, 2048)
-    peak = 2 * 2048**3 / median_seconds(lambda: a @ a)
+    peak = 2 * 2048**3 / machine.median_seconds(lambda: a @ a)
     tensors = inputs(T, dtype)
     before = resident()
 
@@ -100,11 +109,20 @@ def measure(name: str) -> dict[str, float]:
         torch.autograd.grad(out.float().sum(), tensors)
 
     return {
-        "forward": median_seconds(forward, repeats),
-        "both": median_seconds(both, repeats),
+        "forward": machine.median_seconds(forward, repeats),
+        "both": machine.median_seconds(both, repeats),
         "extra_bytes": resident() - before,
         "peak": peak,
+        "error": error(function, tensors),
     }
+
+
+@torch.no_grad()
+def error(function: Callable[..., Any], tensors: list[Tensor]) -> float:
+    """RMS of the difference to the definition in fp64, as a share of its RMS."""
+    exact = kda_recurrent(*(x.double() for x in tensors), backend="reference")[0]
+    difference = function(*tensors)[0].double() - exact
+    return float(difference.norm() / exact.norm())
 
 
 def run(tensors: list[Tensor], *, has_gradient: bool) -> None:
@@ -132,7 +150,7 @@ def precisions() -> None:
             "product fp32": partial(torch.mm, a, a),
             "product bf16": partial(torch.mm, narrow, narrow),
         }
-        seconds = interleaved_seconds(runs, 11)
+        seconds = machine.interleaved_seconds(runs, 11)
         pairs = [
             (seconds[f"{what} fp32"], seconds[f"{what} bf16"])
             for what in ("forward", "both", "product")
@@ -143,15 +161,19 @@ def precisions() -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", choices=["precisions", *ROWS])
+    what = parser.parse_args().what
     torch.manual_seed(0)
-    if sys.argv[1:] == ["precisions"]:
-        precisions()
-        return
-    if sys.argv[1:]:
-        print(json.dumps(measure(sys.argv[1])))
-        return
-    print(describe())
-    print(f"\nH={H} K={K} V={V} T={T}      forward   of fp32 peak   both ways   extra memory")
+    if what == "precisions":
+        return precisions()
+    if what:
+        return print(json.dumps(measure(what)))
+    print(machine.describe())
+    columns = "forward   of fp32 peak   both ways   extra memory     error"
+    print(f"\nH={H} K={K} V={V} T={T}      {columns}")
     rows = {}
     for name in ROWS:
         done = subprocess.run(
@@ -164,7 +186,8 @@ def main() -> None:
         share = USEFUL / row["forward"] / row["peak"]
         print(
             f"{name:26s} {row['forward'] * 1e3:6.1f} ms {share:14.1%} "
-            f"{row['both'] * 1e3:8.1f} ms {row['extra_bytes'] / 2**20:10.0f} MiB",
+            f"{row['both'] * 1e3:8.1f} ms {row['extra_bytes'] / 2**20:10.0f} MiB "
+            f"{row['error']:9.1e}",
             flush=True,
         )
     ours = rows[OURS]
@@ -181,7 +204,7 @@ def main() -> None:
     print("\nprefill: the cost of a token must not grow with the length")
     for time in (1024, 2048, 4096, 8192, 16384):
         tensors = [x.detach() for x in inputs(time)]
-        each = median_seconds(lambda t=tensors: kda_chunk(*t), 5) / time
+        each = machine.median_seconds(partial(kda_chunk, *tensors), 5) / time
         print(f"T = {time:6d}: {each * 1e6:7.2f} us a token")
 
 

@@ -16,9 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import benchmarks.machine as machine  # before torch
 import torch
 from benchmarks.large import step_path
-from benchmarks.machine import RESULTS, describe
 
 BAR = 3.0
 CHILD = """
@@ -79,8 +79,8 @@ def main() -> None:
     lines = [
         "# From a file to the first token",
         "",
-        f"{describe()}; {options.threads} threads, {options.rounds} fresh processes each. Seconds; "
-        "the bar is for a file of 1 GB.",
+        f"{machine.describe()}; {options.threads} threads, {options.rounds} fresh processes each. "
+        "Seconds; the bar is for a file of 1 GB.",
         "",
         "| weights | file | import | open | prompt and token | together | a GB | bar |",
         "|---|---|---|---|---|---|---|---|",
@@ -97,9 +97,9 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.write:
-        (RESULTS / "load.md").write_text(text)
-        data = {"machine": describe(), "threads": options.threads, "seconds": found}
-        (RESULTS / "load.json").write_text(json.dumps(data, indent=1) + "\n")
+        (machine.RESULTS / "load.md").write_text(text)
+        data = {"machine": machine.describe(), "threads": options.threads, "seconds": found}
+        (machine.RESULTS / "load.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

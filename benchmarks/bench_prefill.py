@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import benchmarks.machine as machine  # before torch
 import torch
 from benchmarks.bench_decode import MODEL, PRECISIONS, build
 from benchmarks.contestants import (
@@ -27,10 +28,8 @@ from benchmarks.contestants import (
     LlamaCpp,
     gguf_file,
     median_ratio,
-    quantize_file,
     serve,
 )
-from benchmarks.machine import RESULTS, describe
 
 from deltamoe.plan import flops_per_token
 
@@ -122,8 +121,7 @@ def measure(precisions: list[str], rounds: int, threads: int) -> dict[str, list[
         folder = Path(temporary)
         source = save(folder / "checkpoint", build("f32"))
         for precision in precisions:
-            file = folder / f"{precision.replace(' ', '-')}.gguf"
-            gguf_file(source, file, precision, MODULE)
+            file = gguf_file(source, folder / f"{precision.replace(' ', '-')}.gguf", precision)
             contestants |= {
                 f"ours, {precision}": Contestant(MODULE, "ours", precision, threads=threads),
                 f"llama.cpp, {precision}": Contestant(
@@ -153,7 +151,7 @@ def report(found: dict[str, list[float]], precisions: list[str], threads: int) -
     lines = [
         "# Prefill",
         "",
-        f"{describe()}; contestants with {threads} threads, {rounds} rounds.",
+        f"{machine.describe()}; contestants with {threads} threads, {rounds} rounds.",
         f"Matrix product: {peaks['f32'] / 1e9:.0f} GFLOP/s in fp32, {peaks['bf16'] / 1e9:.0f} in "
         "bf16; of the peak: of the fp32 product for f32, of the bf16 product for the others.",
         "",
@@ -179,8 +177,6 @@ def report(found: dict[str, list[float]], precisions: list[str], threads: int) -
 def main() -> None:
     if sys.argv[1:2] == ["--serve"]:
         return contest(sys.argv[2:])
-    if sys.argv[1:2] == ["--quantize"]:
-        return quantize_file(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -192,9 +188,9 @@ def main() -> None:
     text = report(found, precisions, options.threads)
     print(text)
     if options.write:
-        (RESULTS / "prefill.md").write_text(text)
-        data = {"machine": describe(), "threads": options.threads, "speeds": found}
-        (RESULTS / "prefill.json").write_text(json.dumps(data, indent=1) + "\n")
+        (machine.RESULTS / "prefill.md").write_text(text)
+        data = {"machine": machine.describe(), "threads": options.threads, "speeds": found}
+        (machine.RESULTS / "prefill.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

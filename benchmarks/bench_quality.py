@@ -18,8 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
-from machine import RESULTS, describe
+import machine
 
 from deltamoe.config import resolve
 from deltamoe.plan import plan
@@ -29,7 +30,7 @@ SEEDS = (0, 1, 2)
 PUBLISHED = {"quality": 1.88, "quality-large": 1.4697}
 
 
-def train(recipe: Path, text: Path, seed: int, folder: Path) -> tuple[list[dict], float]:
+def train(recipe: Path, text: Path, seed: int, folder: Path) -> tuple[list[dict[str, Any]], float]:
     """Train one seed; return the records that hold a validation, and the command's seconds."""
     command = [
         *(sys.executable, "-m", "deltamoe", "train", str(recipe), "--out", str(folder)),
@@ -66,7 +67,7 @@ def main() -> None:
     lines = [
         f"# Tiny Shakespeare, {name}.toml",
         "",
-        describe(),
+        machine.describe(),
         "",
         f"{costs.parameters.active:,} active of {costs.parameters.total:,} parameters; "
         f"{costs.training.tokens:,} training characters.",
@@ -82,10 +83,10 @@ def main() -> None:
     ]
     for rows in zip(*losses.values(), strict=True):
         lines.append(f"| {rows[0][0]} | " + " | ".join(f"{loss:.4f}" for _, loss in rows) + " |")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / f"{name}.json").write_text(
-        json.dumps({"machine": describe(), "loss": losses, "seconds": seconds})
+    machine.RESULTS.mkdir(exist_ok=True)
+    (machine.RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
+    (machine.RESULTS / f"{name}.json").write_text(
+        json.dumps({"machine": machine.describe(), "loss": losses, "seconds": seconds})
     )
     print("\n".join(lines))
 

@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import benchmarks.machine as machine  # before torch
 import torch
-from benchmarks.machine import RESULTS, describe
 
 from deltamoe.config import ModelConfig, preset
 from deltamoe.engine import Engine, EngineOptions, Request
@@ -127,7 +127,7 @@ def reuse(config: ModelConfig) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     lines = [
-        *("# Conversations that grow, and beginnings that are shared", "", describe(), ""),
+        *("# Conversations that grow, and beginnings that are shared", "", machine.describe(), ""),
         "The demo's geometry in fp32, random weights; medians.",
         "",
         "| tokens behind | hybrid, ms a token | all MLA | hybrid, MB a sequence | all MLA |",
@@ -184,15 +184,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
-    found = {
+    found: dict[str, Any] = {
         "growth": growth(given.rounds),
         "reuse": {name: reuse(config) for name, config in MODELS.items()},
     }
     text = table(found)
     sys.stdout.write(text)
     if given.write:
-        (RESULTS / "serving.md").write_text(text)
-        (RESULTS / "serving.json").write_text(json.dumps(found, indent=1) + "\n")
+        (machine.RESULTS / "serving.md").write_text(text)
+        (machine.RESULTS / "serving.json").write_text(json.dumps(found, indent=1) + "\n")
         plot(found["growth"])
 
 

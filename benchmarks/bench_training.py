@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import machine  # before torch
 import torch
-from machine import describe, interleaved_seconds, median_seconds
 
 from deltamoe.checkpoint.folder import CONFIG, WEIGHTS, write_new_folder
 from deltamoe.checkpoint.tensors import write_tensors
@@ -68,7 +68,7 @@ def batch(config: RunConfig, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 def matmul_rate(dtype: torch.dtype) -> float:
     """FLOP/s of a square product."""
     a = torch.randn(2048, 2048).to(dtype)
-    return 2 * 2048**3 / median_seconds(lambda: a @ a)
+    return 2 * 2048**3 / machine.median_seconds(lambda: a @ a)
 
 
 def rates(config: RunConfig, repeats: int) -> dict[str, float]:
@@ -76,7 +76,7 @@ def rates(config: RunConfig, repeats: int) -> dict[str, float]:
     model = build(config)
     tokens = batch(config, max(1, 4096 // config.data.context))
     runs = {"fp32": partial(step, model, *tokens), "bf16": partial(step, model, *tokens, bf16=True)}
-    seconds = interleaved_seconds(runs, repeats)
+    seconds = machine.interleaved_seconds(runs, repeats)
     flops = 3 * flops_per_token(config.model, context=config.data.context) * len(tokens[0])
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         share = flops / seconds[name] / matmul_rate(dtype)
@@ -94,7 +94,7 @@ def speed() -> None:
     with patch("deltamoe.layers.kda.kda_chunk", recurrent_reference):
         model = build(config)
         slow = batch(config, 1)
-        slow_rate = len(slow[0]) / median_seconds(lambda: step(model, *slow), 1)
+        slow_rate = len(slow[0]) / machine.median_seconds(lambda: step(model, *slow), 1)
     print(f"{'KDA token by token, fp32':24s} {slow_rate:8.0f} tokens/s")
     for name, rate in ours.items():
         print(f"ratio in {name}: {rate / slow_rate:.1f}")
@@ -140,7 +140,11 @@ def their_step(folder: str) -> Callable[[], object]:
 
 def one_side(folder: str) -> None:
     """Print what the steps of one implementation take; ours without a folder."""
-    seconds = median_seconds(their_step(folder), 1) if folder else median_seconds(our_step())
+    seconds = (
+        machine.median_seconds(their_step(folder), 1)
+        if folder
+        else machine.median_seconds(our_step())
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"seconds": seconds, "peak": peak}))
 
@@ -201,7 +205,7 @@ def main() -> None:
     if sys.argv[1:2] == ["side"]:
         one_side(sys.argv[2])
         return
-    print(describe(), flush=True)
+    print(machine.describe(), flush=True)
     if sys.argv[1:] == ["peer"]:
         against_transformers()
         return

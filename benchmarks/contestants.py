@@ -1,5 +1,7 @@
 """Processes that hold a model and wait for their turn, and the peer's side of them.
 
+    python -m benchmarks.contestants SOURCE TARGET     llama.cpp's q4_0 file of an f32 one
+
 A benchmark that pairs us with llama.cpp starts one process a contestant and lets them run one after
 the other, round by round, so that all see the same machine. llama.cpp comes with llama-cpp-py-sync;
 its files are made by ``write_gguf`` and, at 4 bits, by llama.cpp itself.
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Contestant", "LlamaCpp", "gguf_file", "median_ratio", "quantize_file", "serve"]
+__all__ = ["FLASH_ATTENTION", "Contestant", "LlamaCpp", "gguf_file", "median_ratio", "serve"]
 
 FLASH_ATTENTION = {"off": 0, "on": 1}
 _GGUF_TYPES = {"f32": "f32", "bf16": "bf16", "8 bits": "q8_0"}
@@ -36,11 +38,10 @@ class Contestant:
         )
         self._said = " ".join(arguments)
 
-    def wait(self) -> "Contestant":
+    def wait(self) -> None:
         """Until its model is there."""
         if self._answer() != "ready":
             raise SystemExit(f"{self._said} did not start")
-        return self
 
     def seconds(self, size: int) -> float:
         """Let it run once."""
@@ -107,12 +108,8 @@ class LlamaCpp:
         self._lib.llama_get_logits_ith(self._context, -1)
 
 
-def gguf_file(source: Path, file: Path, precision: str, module: str) -> Path:
-    """Write the checkpoint at ``source`` as llama.cpp's own kind of file in this precision.
-
-    ``module`` is run as ``python -m MODULE --quantize WIDE FILE`` for 4 bits: llama.cpp ends the
-    process it fails in.
-    """
+def gguf_file(source: Path, file: Path, precision: str) -> Path:
+    """Write the checkpoint at ``source`` as llama.cpp's own kind of file in this precision."""
     from deltamoe.conversion import open_source
     from deltamoe.conversion.gguf import write_gguf
 
@@ -121,14 +118,14 @@ def gguf_file(source: Path, file: Path, precision: str, module: str) -> Path:
         return file
     wide = file.with_name("wide.gguf")
     write_gguf(open_source(source), wide, dtype="f32")
-    command = [sys.executable, "-m", module, "--quantize", str(wide), str(file)]
+    # in a process of its own: llama.cpp ends the one it fails in
+    command = [sys.executable, "-m", "benchmarks.contestants", str(wide), str(file)]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     wide.unlink()
     return file
 
 
-def quantize_file(source: str, target: str) -> None:
-    """Let llama.cpp make a q4_0 file of an f32 one."""
+def _quantize(source: str, target: str) -> None:
     from tests.conversion.gguf.llama_cpp import open_library
 
     lib, ffi = open_library()
@@ -136,3 +133,7 @@ def quantize_file(source: str, target: str) -> None:
     options.ftype = _Q4_0
     if lib.llama_model_quantize(source.encode(), target.encode(), options):
         raise SystemExit("llama.cpp refuses to quantise the file")
+
+
+if __name__ == "__main__":
+    _quantize(*sys.argv[1:])

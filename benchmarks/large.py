@@ -6,11 +6,12 @@ FOLDER then holds step folders of ours (f32, bf16, 8-bits, 4-bits) and llama.cpp
 weights beside them (f32.gguf, …).
 """
 
-import sys
+import argparse
+import tempfile
 from pathlib import Path
 
 import torch
-from benchmarks.contestants import gguf_file, quantize_file
+from benchmarks.contestants import gguf_file
 
 from deltamoe.config import KdaConfig, MlaConfig, ModelConfig, MoeConfig
 from deltamoe.conversion import open_source
@@ -29,7 +30,6 @@ MODEL = ModelConfig(
     moe=MoeConfig(num_experts=64, experts_per_token=8, expert_dim=384, routed_scale=2.446),
 )
 PRECISIONS = ("f32", "bf16", "8 bits", "4 bits")
-_MODULE = "benchmarks.large"
 
 
 def step_path(folder: Path, precision: str) -> Path:
@@ -49,24 +49,24 @@ def write(folder: Path) -> None:
     if not wide.exists():
         model = HybridLM(MODEL)
         model.initialize(0)
-        save(wide.with_name("saved-f32"), model).rename(wide)
-        save(wide.with_name("saved-bf16"), model, dtype=torch.bfloat16).rename(
-            step_path(folder, "bf16")
-        )
+        with tempfile.TemporaryDirectory(dir=folder) as runs:
+            narrow = save(Path(runs) / "bf16", model, dtype=torch.bfloat16)
+            narrow.rename(step_path(folder, "bf16"))
+            save(Path(runs) / "f32", model).rename(wide)
         del model
     for precision in PRECISIONS:
         if not (out := step_path(folder, precision)).exists():
             source = open_source(step_path(folder, "bf16"))
             write_quantized(source, out, bits=8 if precision == "8 bits" else 4)
         if not (file := gguf_path(folder, precision)).exists():
-            gguf_file(wide, file, precision, _MODULE)
+            gguf_file(wide, file, precision)
         print(precision, flush=True)
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--quantize"]:
-        return quantize_file(*sys.argv[2:])
-    write(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    write(parser.parse_args().folder)
 
 
 if __name__ == "__main__":

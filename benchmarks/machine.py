@@ -1,4 +1,8 @@
-"""What a figure must be printed with: the machine, the versions, the date."""
+"""What a figure must be printed with: the machine, the versions, the date.
+
+Every benchmark imports this module before torch, because OpenMP reads how its threads shall wait
+when torch is imported; hence no torch at the top of this file.
+"""
 
 import datetime
 import os
@@ -7,8 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-
-import torch
 
 import deltamoe
 from deltamoe.cli.process import settle
@@ -22,6 +24,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def describe() -> str:
     """One line about where and when."""
+    import torch
+
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
