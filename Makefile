@@ -23,6 +23,7 @@ setup: $(VENV)/.dev
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deltamoe needs Python 3.11 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
+	@echo 'installing PyTorch (about 200 MB) and what goes with it into $(VENV)'
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[serve]'
 	$(BIN)/python -m deltamoe.ops.native
@@ -71,8 +72,8 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/bench_kda.py
-	$(BIN)/python benchmarks/bench_training.py
+	$(BIN)/python -m benchmarks.bench_kda
+	$(BIN)/python -m benchmarks.bench_training
 	$(BIN)/python -m benchmarks.bench_decode --threads 2
 	$(BIN)/python -m benchmarks.bench_prefill
 	$(BIN)/python -m benchmarks.bench_depth
@@ -83,10 +84,10 @@ bench-large: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.bench_load build/large
 
 bench-quality: $(VENV)/.dev
-	$(BIN)/python benchmarks/bench_quality.py $(TEXT)
+	$(BIN)/python -m benchmarks.bench_quality $(TEXT)
 
 bench-experts: $(VENV)/.dev $(VENV)/.text
-	$(BIN)/python benchmarks/bench_experts.py
+	$(BIN)/python -m benchmarks.bench_experts
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check 'pdoc>=15'

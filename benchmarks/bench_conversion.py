@@ -1,6 +1,6 @@
 """How much memory does a conversion take?
 
-    python benchmarks/bench_conversion.py [FOLDER]
+    python -m benchmarks.bench_conversion [FOLDER]
 
 Writes a synthetic checkpoint of three full-width layers of the 48B (9 GB in bf16) under FOLDER (or
 the folder for temporary files), converts it to a published folder and back, each in a process of
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import machine  # before torch
+import benchmarks.machine as machine  # before torch
 import torch
 from torch import Tensor
 

@@ -1,6 +1,6 @@
 """How fast does a model decode whose experts do not fit into memory?
 
-    python benchmarks/bench_expert_cache.py [--memory 12Gi] [--layers 27] [--tokens 32] [--folder F]
+    python -m benchmarks.bench_expert_cache [--memory 12Gi] [--layers 27] [--tokens 32] [--folder F]
 
 Writes a file of random weights in the geometry of Kimi Linear 48B-A3B at 4 bits (26.5 GiB with all
 27 layers), reads random tokens one at a time within the budget, as decoding does, and deletes the
@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import machine  # before torch
+import benchmarks.machine as machine  # before torch
 import torch
 
 from deltamoe.checkpoint import Checkpoint, load

@@ -1,6 +1,6 @@
 """Do more experts help at equal active FLOPs and equal tokens?
 
-    python benchmarks/bench_experts.py [--steps N] [--runs FOLDER]
+    python -m benchmarks.bench_experts [--steps N] [--runs FOLDER]
 
 Trains experts.toml with a dense channel and with 4, 16 and 64 experts, top 2, each as wide as half
 the dense channel: what a token passes through costs the same. Prints a table and writes
@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import machine
+import benchmarks.machine as machine
 import matplotlib
 
 matplotlib.use("Agg")

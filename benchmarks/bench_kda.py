@@ -1,7 +1,7 @@
 """How fast is the chunk form of KDA on a CPU, beside its definition, its peers and the floor?
 
-    python benchmarks/bench_kda.py              # all of it
-    python benchmarks/bench_kda.py precisions   # bf16 against fp32 alone
+    python -m benchmarks.bench_kda              # all of it
+    python -m benchmarks.bench_kda precisions   # bf16 against fp32 alone
 
 Each row runs in a process of its own, which also measures the machine's fp32 matrix product (the
 floor), what the row adds to the process's peak memory, and how far its outputs are from the
@@ -11,7 +11,7 @@ attention's naive chunk form, which is skipped where fla-core is not installed. 
 GPU nor Triton:
 
     pip install --no-deps --target build/fla fla-core==0.5.2 einops
-    PYTHONPATH=build/fla python benchmarks/bench_kda.py
+    PYTHONPATH=build/fla python -m benchmarks.bench_kda
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import machine  # before torch
+import benchmarks.machine as machine  # before torch
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -177,7 +177,10 @@ def main() -> None:
     rows = {}
     for name in ROWS:
         done = subprocess.run(
-            [sys.executable, __file__, name], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "benchmarks.bench_kda", name],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             print(f"{name:26s} not measured: {done.stderr.strip().splitlines()[-1]}")

@@ -1,6 +1,6 @@
 """Character-level tiny Shakespeare against nanoGPT's published figure, same budget, three seeds.
 
-    python benchmarks/bench_quality.py input.txt [--large]
+    python -m benchmarks.bench_quality input.txt [--large]
 
 The file is karpathy/char-rnn's input.txt (1,115,394 bytes). Each seed is one `deltamoe train` of
 quality.toml (--large: quality-large.toml, meant for a GPU). The figure is the loss on the whole
@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import machine
+import benchmarks.machine as machine
 
 from deltamoe.config import resolve
 from deltamoe.plan import plan

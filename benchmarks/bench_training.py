@@ -1,6 +1,6 @@
 """How fast does a training step run, and how much memory does it take?
 
-    python benchmarks/bench_training.py [peer]
+    python -m benchmarks.bench_training [peer]
 
 1. Peak memory of a 4,096-token step of `mini`, in a process of its own.
 2. The demo's model (`nano`) in fp32 and in bf16, and with KDA's definition, token by token.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import machine  # before torch
+import benchmarks.machine as machine  # before torch
 import torch
 
 from deltamoe.checkpoint.folder import CONFIG, WEIGHTS, write_new_folder
@@ -163,7 +163,7 @@ def against_transformers() -> None:
         found: dict[str, list[dict[str, float]]] = {"deltamoe": [], "transformers": []}
         for _ in range(PEER_ROUNDS):
             for name, folder in (("deltamoe", ""), ("transformers", str(theirs))):
-                command = [sys.executable, __file__, "side", folder]
+                command = [sys.executable, "-m", "benchmarks.bench_training", "side", folder]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 found[name].append(json.loads(done.stdout.splitlines()[-1]))
     tokens = PEER_ROWS * config.data.context
@@ -210,7 +210,7 @@ def main() -> None:
         against_transformers()
         return
     # before this process grows: a child's peak begins with its parent's
-    subprocess.run([sys.executable, __file__, "memory"], check=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.bench_training", "memory"], check=True)
     against_transformers()
     speed()
 

@@ -119,14 +119,14 @@ def length_lie(length: int) -> bytes:
     [
         (b"", "0 bytes"),
         (bytes(7), "7 bytes"),
-        (length_lie(0), "claims 0 bytes"),
-        (length_lie(1) + b"{", "claims 1 bytes"),
-        (length_lie(2**64 - 1) + b"{}", "claims 18,446,744,073,709,551,615 bytes"),
-        (length_lie(100_000_001) + b"{}", "claims 100,000,001 bytes"),
+        (length_lie(0), "would be 0"),
+        (length_lie(1) + b"{", "would be 1"),
+        (length_lie(2**64 - 1) + b"{}", "would be 18,446,744,073,709,551,615"),
+        (length_lie(100_000_001) + b"{}", "would be 100,000,001"),
         (length_lie(3) + b"{}", "truncated"),
         (length_lie(30_000_000) + b"{}", "truncated"),
-        (b"<!DOCTYPE html><html>", "Is this a safetensors file?"),
-        (b"\x80\x02}q\x00.pickle of some kind", "claims"),
+        (b"<!DOCTYPE html><html>", "not a safetensors file"),
+        (b"\x80\x02}q\x00.pickle of some kind", "not a safetensors file"),
     ],
 )
 def test_bad_length_is_refused(content: bytes, message: str, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_a_plain_line_says_it_all(monkeypatch):
     for part in (
         "step 3/100",
         "loss 2.500",
-        "val 2.125 bits/byte",
+        "val 2.125 bits/byte at 3",
         "12,346 tokens/s",
         "31% of matmul peak",
         "MaxVio 1.25",

@@ -210,8 +210,8 @@ def _header_text(path: Path, file: BinaryIO) -> tuple[bytes, int]:
     length = int.from_bytes(prefix, "little")
     if not 2 <= length <= _MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{path}: its header claims {length:,} bytes; expected 2 to {_MAX_HEADER_BYTES:,}. "
-            "Is this a safetensors file?"
+            f"{path}: not a safetensors file: such a file begins with the length of its header, "
+            f"2 to {_MAX_HEADER_BYTES:,} bytes; here that would be {length:,}"
         )
     text = file.read(length) if length <= file_bytes - 8 else b""
     if len(text) < length:

@@ -123,6 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked.show()
         return asked.exit_code
     except (KeyboardInterrupt, click.Abort):
+        if sys.stderr.isatty():
+            click.echo(err=True)  # the terminal has just printed ^C
         return 130
     except BrokenPipeError:
         return _leave_a_broken_pipe()

@@ -138,7 +138,8 @@ def _sections(report: dict[str, Any]) -> Iterator[str]:
 
     rows = [("tokens visible", "tokens", "nats/token")]
     for row in report["loss_by_position"]:
-        visible = f"{row['first']:,} to {row['last']:,}"
+        first, last = f"{row['first']:,}", f"{row['last']:,}"
+        visible = first if first == last else f"{first} to {last}"
         rows.append((visible, f"{row['num_tokens']:,}", f"{row['loss']:.4f}"))
     yield table(rows, right=(1, 2))
 

@@ -259,7 +259,7 @@ _KIMI_LINEAR_ASSUMPTIONS = (
 
 
 PRESETS: dict[str, Preset] = {
-    "nano": Preset(summary="the demo: ten minutes on two CPU cores", config=_NANO),
+    "nano": Preset(summary="the demo: five to ten minutes on two CPU cores", config=_NANO),
     "moe-2-of-4": Preset(
         summary="nano with the textbook's layer: softmax router, top 2 of 4 plain experts",
         config=_MOE_2_OF_4,

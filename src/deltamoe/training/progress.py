@@ -40,7 +40,8 @@ class Progress:
         seconds, smooth = record["seconds"], self._seconds_per_step
         self._seconds_per_step = seconds if smooth is None else 0.9 * smooth + 0.1 * seconds
         if "validation_bits_per_byte" in record:
-            self._validation = f"val {record['validation_bits_per_byte']:.3f} bits/byte"
+            bits = record["validation_bits_per_byte"]
+            self._validation = f"val {bits:.3f} bits/byte at {record['step']}"
         if self._live is None and record["step"] != end and time.monotonic() < self._next:
             return
         self._next = time.monotonic() + self._every
