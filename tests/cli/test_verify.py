@@ -213,6 +213,12 @@ def test_nothing_in_the_folder_is_run_or_written(published):
     assert sorted(path.name for path in published.iterdir()) == before
 
 
+@pytest.fixture
+def short_text(monkeypatch):
+    monkeypatch.setattr("deltamoe.cli.verify._PROMPT_TOKENS", 60)
+
+
+@pytest.mark.usefixtures("short_text")
 def test_an_engine_is_proved(run, capsys):
     assert main(["verify", str(run), "--engine", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -224,6 +230,7 @@ def test_an_engine_is_proved(run, capsys):
     assert any("forked" in line and "equal to the last bit" in line for line in lines)
 
 
+@pytest.mark.usefixtures("short_text")
 def test_a_wrong_engine_is_told(run, capsys, monkeypatch):
     from deltamoe.engine.state_pool import StatePool
 
@@ -239,6 +246,20 @@ def test_a_wrong_engine_is_told(run, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert "WRONG" in captured.out
     assert "did not answer alike" in captured.err
+
+
+@pytest.mark.usefixtures("short_text")
+@pytest.mark.parametrize("how", [("--dtype", "bf16"), ("--quantize", "8")])
+def test_an_engine_is_proved_as_it_will_run(run, capsys, how):
+    assert main(["verify", str(run), "--engine", "--json", "--device", "cpu", *how]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["dtype"] == ("bfloat16" if "bf16" in how else "float32")
+    assert all(way["is_right"] for way in report["ways"])
+
+
+def test_a_file_is_checked_as_it_is(run, capsys):
+    assert main(["verify", str(run), "--dtype", "bf16"]) == 2
+    assert "--dtype goes with --engine" in capsys.readouterr().err
 
 
 def test_an_engine_needs_the_model(run, capsys):

@@ -236,3 +236,47 @@ def test_the_model_keeps_its_mode():
     model = model_of("hybrid")
     with Engine(model, TOKENIZER, OPTIONS):
         assert not model.training
+
+
+def test_aborting_ends_at_once():
+    """Also in the middle of a step that takes long, and for whoever is closing meanwhile."""
+    engine = Engine(model_of("hybrid"), TOKENIZER, OPTIONS)
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def stuck():
+        has_begun.set()
+        may_end.wait(20)
+
+    engine._core.step = stuck
+    tickets = [engine.submit(Request(prompt=prompt("a"), max_tokens=5)) for _ in range(3)]
+    assert has_begun.wait(5)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    begin = time.monotonic()
+    engine.abort()
+    assert time.monotonic() - begin < 1.0
+    closing.join(1)
+    assert not closing.is_alive()
+    for ticket in tickets:
+        with pytest.raises(ShuttingDownError):
+            ticket.result(timeout=1)
+    with pytest.raises(ShuttingDownError):
+        engine.submit(Request(prompt=prompt("a")))
+    engine.close()
+    may_end.set()
+    engine._thread.join(5)
+    assert not engine.is_alive
+    assert engine.failure is None
+
+
+def test_aborting_what_runs_takes_one_step():
+    engine = Engine(model_of("hybrid"), TOKENIZER, OPTIONS)
+    ticket = engine.submit(Request(prompt=prompt("a"), max_tokens=3000, ignore_end=True))
+    next(ticket.pieces())
+    begin = time.monotonic()
+    engine.abort()
+    assert time.monotonic() - begin < 0.5
+    assert not engine.is_alive
+    with pytest.raises(ShuttingDownError):
+        ticket.result(timeout=1)
+    engine.abort()

@@ -5,11 +5,13 @@ Reads every byte; ``inspect`` is the quick look.
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from deltamoe.cli.format import table
+from deltamoe.cli.sampling import model_options
 from deltamoe.errors import DeltamoeError
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ _TEXT = (
 
 
 @click.command("verify")
-@click.argument("path", type=click.Path(path_type=Path))
+@model_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--no-forward", is_flag=True, help="Do not load the model; needs little memory.")
 @click.option(
@@ -35,8 +37,14 @@ _TEXT = (
     is_flag=True,
     help="Continue a text in every way the engine knows, and compare.",
 )
-def command(path: Path, as_json: bool, no_forward: bool, of_engine: bool) -> None:
-    """Check PATH: a run's newest checkpoint, a step folder, a published folder, a safetensors file.
+def command(
+    path: Path,
+    as_json: bool,
+    no_forward: bool,
+    of_engine: bool,
+    **how: Any,
+) -> None:
+    """Check RUN: a run's newest checkpoint, a step folder, a published folder, a safetensors file.
 
     Compares hashes, configuration, names and shapes; looks for NaN and infinity; reads the
     tokenizer; runs one forward pass. Nothing in it is executed. All checks are shown; if one
@@ -44,14 +52,20 @@ def command(path: Path, as_json: bool, no_forward: bool, of_engine: bool) -> Non
     parts that do not belong together, 4 if the model does not fit into memory.
 
     With --engine it shows instead, for each way of running one text (among neighbours, from a kept
-    prefix, interrupted, forked, from a state file and so on), the largest difference of a logit and
-    the first token that differs; the exit code is 1 if a way is wrong.
+    prefix, interrupted, forked, from a state file and so on), the largest difference of a logit
+    from the plainest way, and from a cold run that cuts the text alike; the first token that
+    differs; and that the way took place at all. The exit code is 1 if a way is wrong. --device,
+    --dtype, --quantize and --memory say how the model is to run.
     """
     if of_engine and no_forward:
         raise click.UsageError("--engine runs the model; it cannot be had with --no-forward")
     if of_engine:
-        _prove(path, as_json=as_json)
+        _prove(path, as_json=as_json, **how)
         return
+    context = click.get_current_context()
+    for name in how:
+        if context.get_parameter_source(name) != ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{name} goes with --engine; the file is checked as it is")
     from deltamoe.conversion.verify import verify
 
     verdict = verify(path, is_run=not no_forward)
@@ -72,11 +86,11 @@ def command(path: Path, as_json: bool, no_forward: bool, of_engine: bool) -> Non
         raise verdict.faults[0]
 
 
-def _prove(path: Path, *, as_json: bool) -> None:
+def _prove(path: Path, *, as_json: bool, **how: Any) -> None:
     from deltamoe.engine.proof import prove
     from deltamoe.inference import open_model
 
-    opened = open_model(path)
+    opened = open_model(path, **how)
     tokenizer = opened.tokenizer
     ids = tokenizer.encode(_TEXT)
     ids = [tokenizer.end_id, *(ids * (1 + _PROMPT_TOKENS // len(ids)))[:_PROMPT_TOKENS]]
@@ -88,12 +102,12 @@ def _prove(path: Path, *, as_json: bool) -> None:
             **{key: getattr(proof, key) for key in ("num_prompt_tokens", "num_tokens", "dtype")},
             "has_decoder": proof.has_decoder,
             "rounding": proof.rounding,
-            "ways": [way._asdict() for way in proof.ways],
+            "ways": [{**way._asdict(), "is_right": way.is_right} for way in proof.ways],
         }
         click.echo(json.dumps(report, indent=2))
     else:
         click.echo(_heading(path, proof))
-        rows = [("way", "largest difference", "first token that differs", "")]
+        rows = [("way", "difference", "cut alike", "first token that differs", "it took place", "")]
         click.echo(table([*rows, *map(_row, proof.ways)], indent=2))
     if not proof.is_right:
         wrong = ", ".join(way.name for way in proof.ways if not way.is_right)
@@ -107,10 +121,22 @@ def _heading(path: Path, proof: "Proof") -> str:
     )
 
 
-def _row(way: "Way") -> tuple[str, str, str, str]:
+def _row(way: "Way") -> tuple[str, ...]:
     differs = "none" if way.diverges_at is None else f"{way.diverges_at}"
     if way.margin is not None:
         differs += f" (apart by {way.margin:.1g})"
-    expected = "to the last bit" if way.must_be_equal else "to rounding"
-    difference = "0" if way.difference == 0 else f"{way.difference:.1e}"
-    return way.name, difference, differs, f"equal {expected}" if way.is_right else "WRONG"
+    verdict = "equal to the last bit" if way.must_be_equal else "equal to rounding"
+    return (
+        way.name,
+        _shown(way.difference),
+        _shown(way.difference_alike),
+        differs,
+        "" if way.number is None else f"{way.number} {way.counted}",
+        verdict if way.fault is None else f"WRONG: {way.fault}",
+    )
+
+
+def _shown(difference: float | None) -> str:
+    if difference is None:
+        return "-"
+    return "0" if difference == 0 else f"{difference:.1e}"

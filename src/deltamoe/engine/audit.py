@@ -1,9 +1,9 @@
-"""Computing finished requests again, when there is nothing else to do.
+"""Computing finished requests again: when there is nothing else to do, at times beside others.
 
-The second time nothing is shared, put aside or restored: the prompt is read from its beginning, by
-the steps that the first reading and those it was built on took. Where a ``Decoder`` keeps rows
-apart, the two must agree to the last bit; if not, a state was not what it should have been.
-Knows nothing of threads.
+An audit comes after everybody else, and is given up if its place is needed. Nothing is shared or
+restored: the prompt is read from its beginning, by the steps that the first reading and those it
+was built on took. Where a ``Decoder`` keeps rows apart, the two must agree to the last bit; if not,
+a state was not what it should have been. Knows nothing of threads.
 """
 
 import logging
@@ -20,6 +20,8 @@ _log = logging.getLogger("deltamoe")
 
 _MOST_DUE = 8
 """Requests that wait for their audit; a busy engine forgets the older ones."""
+_STEPS_APART = 256
+"""Steps of a busy engine from the beginning of one audit to that of the next."""
 
 
 class Auditor:
@@ -36,6 +38,7 @@ class Auditor:
         self._num_seen = 0
         self._due: deque[tuple[Job, Result]] = deque(maxlen=_MOST_DUE)
         self._running: Job | None = None
+        self._began_at_step = 0
 
     def note(self, job: Job, result: Result) -> None:
         """A request was answered."""
@@ -46,10 +49,14 @@ class Auditor:
         if self._num_seen % self._every == 0:
             self._due.append((job, result))
 
-    def begin(self) -> bool:
-        """Start the next audit; return whether there was one."""
+    def begin(self, *, is_idle: bool) -> bool:
+        """Start the next audit, unless it is too early for a busy engine; return whether it was."""
         if self._running is not None or not self._due:
             return False
+        step = self._core.counters.num_steps
+        if not is_idle and step - self._began_at_step < _STEPS_APART:
+            return False
+        self._began_at_step = step
         job, result = self._due.popleft()
         request = replace(job.request, reuse=False, keep_state=False, prompt_logprobs=None)
         listener = _Comparison(self, result)

@@ -38,7 +38,9 @@ _CHUNK_PER_GAIN = 8
 
 @dataclass
 class Counters:
-    """What an engine has done since it began; all of it only grows.
+    """What an engine has done for its callers since it began; all of it only grows.
+
+    What audits read and draw is theirs alone, and counted nowhere; their time is.
 
     Attributes:
         num_steps: of the loop.
@@ -96,6 +98,7 @@ class Core:
         self.scheduler = Scheduler()
         self.reader = Reader(model, self.pool, options.single_tokens)
         self.counters = Counters()
+        self._audits_counters = Counters()
         self._batch = Batch(self.size.num_slots)
         self.sampling = Sampling(tokenizer, model.embedding.weight.device)
         self._grammars = GrammarCompiler(tokenizer)
@@ -187,7 +190,7 @@ class Core:
                 self._let_go(sequence)
                 job.choices[sequence.index] = self._choice(sequence, "cancelled")
         self._close(job)
-        self.counters.num_cancelled += not job.is_audit
+        self._counters_of(job).num_cancelled += 1
         job.listener.on_result(self._result(job))
 
     def fail(self, job: Job, error: BaseException) -> None:
@@ -195,7 +198,7 @@ class Core:
         for sequence in job.sequences:
             self._let_go(sequence)
         self._close(job)
-        self.counters.num_failed += not job.is_audit
+        self._counters_of(job).num_failed += 1
         job.listener.on_error(error)
 
     def step(self) -> None:
@@ -206,19 +209,35 @@ class Core:
             self._read_prompts()
             self._write()
 
+    def _counters_of(self, job: Job) -> Counters:
+        return self._audits_counters if job.is_audit else self.counters
+
     # Starting
 
     def _start(self) -> None:
-        while self.scheduler.waiting and self.pool.num_free_slots:
+        while self.scheduler.waiting:
             sequence = self.scheduler.waiting[0]
-            kept = self._kept_for(sequence)
-            if self._pages_to_start(sequence, kept) > self.pool.num_free_pages:
-                return
+            kept = self._kept_for(sequence) if self.pool.num_free_slots else None
+            if not self._has_place(sequence, kept):
+                if sequence.job.is_audit or not self._gave_up_audit():
+                    return
+                continue
             self.scheduler.start()
             try:
                 self._place(sequence, kept)
             except Exception as error:  # its own state, which nobody else has begun to use
                 self.fail(sequence.job, error)
+
+    def _has_place(self, sequence: Sequence, kept: Kept | None) -> bool:
+        pages = self._pages_to_start(sequence, kept)
+        return self.pool.num_free_slots > 0 and pages <= self.pool.num_free_pages
+
+    def _gave_up_audit(self) -> bool:
+        """End an audit that has a place, for whoever needs it; return whether there was one."""
+        if not self.scheduler.running or not self.scheduler.youngest().job.is_audit:
+            return False
+        self.cancel(self.scheduler.youngest().job)
+        return True
 
     def _kept_for(self, sequence: Sequence) -> Kept | None:
         """The state a sequence can go on from: its own, its prompt's, or a prefix of it."""
@@ -258,7 +277,7 @@ class Core:
         """Give a sequence its place in the pool, and what it goes on from."""
         job, before = sequence.job, sequence.job.num_before
         is_own = kept is not None and kept in (sequence.parked, job.fork)
-        self.counters.num_rebuilt += sequence.is_bound and not is_own
+        self._counters_of(job).num_rebuilt += sequence.is_bound and not is_own
         if kept is not None and kept.snapshot is not None:
             sequence.handle = handle = self.pool.restore(kept.snapshot)
         else:
@@ -329,7 +348,7 @@ class Core:
         sequence.is_bound = True
         hidden = self.reader.prefill(handle, job.ids[begin:end])
         sequence.num_read = end
-        self.counters.num_prompt_tokens += end - begin
+        self._counters_of(job).num_prompt_tokens += end - begin
         if not sequence.cuts or end > abs(sequence.cuts[-1]):
             sequence.cuts.append(end)
         if job.request.prompt_logprobs is not None and sequence.index == 0:
@@ -414,14 +433,15 @@ class Core:
             if handle is None or self.pool.pages_for(handle.length + 1) <= len(handle.pages):
                 continue
             while row.handle is not None and not self.pool.reserve(handle, handle.length + 1):
-                self.preempt(self.scheduler.youngest())
+                if not self._gave_up_audit():
+                    self.preempt(self.scheduler.youngest())
             if row.handle is not None:
                 self._batch.note_page(self._batch.rows.index(row))
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's place; it waits with its state put aside, or to be rebuilt."""
         assert sequence.handle is not None
-        self.counters.num_preemptions += 1
+        self._counters_of(sequence.job).num_preemptions += 1
         sequence.parked = self.snapshots.hold(sequence.handle, sequence.cuts_so_far())
         self._batch.remove(sequence)
         self.pool.release(sequence.handle)
@@ -431,7 +451,7 @@ class Core:
     def _read_singly(self, rows: list[Sequence]) -> None:
         """Rows that have read a token there was: the end of a prompt, or one read again."""
         for row in rows:
-            self.counters.num_prompt_tokens += row.num_read <= row.prefill_end
+            self._counters_of(row.job).num_prompt_tokens += row.num_read <= row.prefill_end
             if row.is_prefilling:  # a chunk is read again, too
                 self._batch.remove(row)
             elif row.num_read == row.prefill_end and not row.answer.ids:
@@ -449,7 +469,7 @@ class Core:
         except Exception as error:
             self.fail(job, error)
             return
-        self.counters.num_generated_tokens += 1
+        self._counters_of(job).num_generated_tokens += 1
         if job.first_token is None:
             job.first_token = time.perf_counter()
         if sequence.answer.finish_reason is not None:
@@ -485,7 +505,7 @@ class Core:
             self._let_go(sequence)
         if is_last:
             self._close(job)
-            self.counters.num_finished += not job.is_audit
+            self._counters_of(job).num_finished += 1
             job.listener.on_result(self._result(job))
 
     def _let_go(self, sequence: Sequence) -> None:
@@ -530,8 +550,8 @@ class Core:
         now = time.perf_counter()
         asked = job.request.prompt_logprobs is not None
         first_of_prompt = len(job.ids) - len(job.request.prompt)
-        self.counters.num_cached_tokens += job.num_cached_tokens
-        self.counters.num_replayed_tokens += job.num_replayed_tokens
+        self._counters_of(job).num_cached_tokens += job.num_cached_tokens
+        self._counters_of(job).num_replayed_tokens += job.num_replayed_tokens
         return Result(
             choices=tuple(job.choices[index] for index in sorted(job.choices)),
             prompt_logprobs=tuple(job.prompt_logprobs[first_of_prompt:]) if asked else None,

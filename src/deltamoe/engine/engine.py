@@ -19,6 +19,7 @@ from deltamoe.engine.grammar import Matcher
 from deltamoe.engine.options import EngineOptions
 from deltamoe.engine.request import Piece, Request, Result
 from deltamoe.engine.sequence import Job
+from deltamoe.engine.sequence import Sequence as ActiveSequence
 from deltamoe.engine.state_pool import PoolSize
 from deltamoe.engine.ticket import Ticket, wake
 from deltamoe.errors import ConfigError
@@ -29,11 +30,13 @@ from deltamoe.tokenizer import Tokenizer
 __all__ = ["Engine", "EngineStats"]
 
 _BEAT_S = 0.5
+_ABORT_S = 0.8
+"""For a step to end by itself; one that reads a long chunk with a large model takes longer."""
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """How an engine is doing.
+    """How an engine is doing. Audits are not among the requests and sequences.
 
     Attributes:
         size: how its budget is divided.
@@ -106,6 +109,8 @@ class Engine:
         self._touched: set[Ticket] = set()
         self._is_closing = False
         self._must_end = False
+        self._has_ended = False
+        self._was_aborted = False
         self._numbers = itertools.count(1)
         self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="deltamoe-engine", daemon=True)
@@ -169,12 +174,12 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and gauges; any thread may call this, and they may be a step apart."""
         core, size = self._core, self._core.size
-        running = list(core.scheduler.running)
+        running = _without_audits(core.scheduler.running)
         counts = core.reader.expert_counts
         return EngineStats(
             size=size,
             counters=core.counters,
-            num_waiting=len(self._submitted) + len(core.scheduler.waiting),
+            num_waiting=len(self._submitted) + len(_without_audits(core.scheduler.waiting)),
             num_running=len(running),
             num_prefilling=sum(sequence.is_prefilling for sequence in running),
             state_bytes=(size.num_slots - core.pool.num_free_slots) * size.slot_bytes
@@ -196,11 +201,24 @@ class Engine:
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
-        self._thread.join(grace_s)
-        with self._changed:
+            self._changed.wait_for(lambda: self._has_ended, grace_s)
             self._must_end = True
             self._changed.notify_all()
-        self._thread.join()
+            self._changed.wait_for(lambda: self._has_ended)
+        if not self._was_aborted:
+            self._thread.join()
+
+    def abort(self) -> None:
+        """End at once: in less than a second, also if the step at hand takes longer.
+
+        Whatever is running or waiting gets ``ShuttingDownError``; a ``close`` that waits in another
+        thread returns. The thread is left to its step; it does not keep the process.
+        """
+        with self._changed:
+            self._is_closing = self._must_end = self._was_aborted = True
+            self._changed.notify_all()
+        self._thread.join(_ABORT_S)
+        self._end_all(_closed())
 
     def __enter__(self) -> "Engine":
         return self
@@ -237,8 +255,8 @@ class Engine:
 
     def _has_room(self) -> bool:
         scheduler, size = self._core.scheduler, self._core.size
-        free = max(size.num_slots - len(scheduler.running), 0)
-        waiting = len(self._submitted) + len(scheduler.waiting)
+        free = max(size.num_slots - len(_without_audits(scheduler.running)), 0)
+        waiting = len(self._submitted) + len(_without_audits(scheduler.waiting))
         return waiting < self.options.max_waiting + free
 
     def _cancel(self, ticket: Ticket) -> None:
@@ -262,7 +280,7 @@ class Engine:
             self._end_all(EngineDeadError(f"the engine has failed: {failure!r}"))
             raise
         else:
-            self._end_all(ShuttingDownError("the engine was closed before this was finished"))
+            self._end_all(_closed())
 
     def _take(self) -> bool:
         """Take what was submitted and cancelled; sleep if there is nothing to do.
@@ -277,13 +295,14 @@ class Engine:
                 self._beat = time.monotonic()
                 if self._is_closing:
                     return False
-                if self._auditor.begin():
+                if self._auditor.begin(is_idle=True):
                     break
                 self._changed.wait(_BEAT_S)
             if self._must_end:
                 return False
             submitted, self._submitted = self._submitted, deque()
             cancelled, self._cancelled = self._cancelled, deque()
+        self._auditor.begin(is_idle=False)
         for request, matcher, ticket in submitted:
             listener = _Delivery(self, ticket)
             self._jobs[ticket] = self._core.add(request, listener, matcher)
@@ -310,13 +329,23 @@ class Engine:
 
     def _end_all(self, error: Exception) -> None:
         with self._changed:
-            tickets = {*self._jobs, *(ticket for *_, ticket in self._submitted)}
+            # one copy at once: after an abort the thread may still be changing the jobs
+            tickets = {*list(self._jobs), *(ticket for *_, ticket in self._submitted)}
             self._submitted.clear()
+            self._has_ended = True
             self._changed.notify_all()
         for ticket in tickets:
             if not ticket.is_done:
                 ticket.on_error(error)
         wake(tickets)
+
+
+def _without_audits(sequences: list[ActiveSequence]) -> list[ActiveSequence]:
+    return [sequence for sequence in list(sequences) if not sequence.job.is_audit]
+
+
+def _closed() -> ShuttingDownError:
+    return ShuttingDownError("the engine was closed before this was finished")
 
 
 class _Delivery:

@@ -28,8 +28,8 @@ class EngineOptions:
         page_tokens: latents in one page.
         exact_reuse: use of a kept state only what a cold reading would have cut there too, so that
             a hit changes no bit. Otherwise the deepest one is used, which is right to rounding.
-        audit_every: of so many finished requests one is computed again, alone and without reuse,
-            when there is nothing else to do, and compared; 0 audits none.
+        audit_every: of so many finished requests one is computed again, without reuse, when there
+            is nothing else to do or at times beside others, and compared; 0 audits none.
 
     Raises:
         ConfigError: a value out of range; the message names it.

@@ -1,16 +1,21 @@
 """One prompt, read and continued in every way the engine knows: is it always the same text?
 
-Every way gets the same prompt and greedy decoding, and its logits are compared with those of the
-plainest: alone, nothing shared, nothing kept. Where a ``Decoder`` keeps rows apart, ways that read
-the prompt by the same steps must be equal to the last bit. The others, among them the model's own
-forward pass over the whole text, differ by the order of sums, for which ``rounding`` allows.
+The plainest way is alone, restores nothing and cuts the prompt as it comes; it writes the text that
+all others are led along, so that every token of theirs can be compared. A way's logits must be
+equal to the last bit, where a ``Decoder`` keeps rows apart, to those of a cold run that reads the
+prompt by the same steps. From the plainest they differ by the order of sums, for which ``rounding``
+allows; so do those of the model's own forward pass over the whole text. A way is also counted,
+where it can be: reuse that reused nothing proves nothing.
 Knows nothing of checkpoints or command lines.
 """
 
+import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,15 +27,21 @@ from deltamoe.engine.options import EngineOptions
 from deltamoe.engine.request import Piece, Request, Result
 from deltamoe.engine.sampling import Sampling
 from deltamoe.engine.sequence import Job, Sequence
+from deltamoe.engine.snapshots import Cuts
 from deltamoe.errors import ConfigError, DeltamoeError
-from deltamoe.inference import TextState, load_text_state, save_text_state
+from deltamoe.inference import load_text_state, save_text_state
 from deltamoe.inference.text_state import evaluating
+from deltamoe.layers.quantized import QuantizedMatrix
 from deltamoe.model import HybridLM
 from deltamoe.tokenizer import Tokenizer
 
 __all__ = ["Proof", "Way", "prove"]
 
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+# Of the largest logit, for sums in another order; and the share of tokens that must keep to it. In
+# bf16, and where quantised matrices take their inputs rounded to 8 bits, a tie of the router may be
+# decided otherwise: that token visits another expert, and differs by more.
+_ALLOWED = {torch.float64: (1e-9, 1.0), torch.float32: (1e-3, 1.0)}
+_COARSELY_ALLOWED = (0.2, 0.5)
 _NUM_NEIGHBOURS = 7
 _NUM_CHOICES = 3
 _CHUNKS = (1, 3, 16, 64)
@@ -44,19 +55,33 @@ class Way(NamedTuple):
 
     Attributes:
         name: what was done.
-        difference: largest difference of a logit up to the first diverging token.
-        diverges_at: the first token drawn that differs, from 0; None if none does.
+        difference: largest difference of a logit from the plain way's; None if it is not finite, or
+            nothing was answered.
+        diverges_at: the first token that would have been another than the plain way's, from 0; None
+            if none would.
         margin: how far the plain way's two likeliest tokens were apart there.
-        must_be_equal: whether every bit has to agree.
-        is_right: whether they do, or differ by no more than rounding can explain.
+        difference_alike: ``difference`` from a cold run that read the prompt by the same steps;
+            None where there is no such run to compare with.
+        must_be_equal: whether ``difference_alike`` has to be 0, and every token the same.
+        number: how often what the way is about took place; None where it cannot fail to.
+        counted: what was counted.
+        fault: what is wrong; None if nothing is.
     """
 
     name: str
-    difference: float
+    difference: float | None
     diverges_at: int | None
     margin: float | None
+    difference_alike: float | None
     must_be_equal: bool
-    is_right: bool
+    number: int | None
+    counted: str
+    fault: str | None
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the way took place, and answered as it should."""
+        return self.fault is None
 
 
 @dataclass(frozen=True)
@@ -68,7 +93,8 @@ class Proof:
         num_tokens: tokens drawn.
         dtype: of the model.
         has_decoder: whether rows were kept from touching each other's bits.
-        rounding: the largest difference of a logit that is put down to the order of sums.
+        rounding: the largest difference of a logit that is put down to the order of sums; in bf16
+            and for quantised models only half of the tokens must keep to it.
         ways: one a way, the plain one left out.
     """
 
@@ -81,15 +107,24 @@ class Proof:
 
     @property
     def is_right(self) -> bool:
-        """Whether no way answered otherwise."""
+        """Whether every way took place, and none answered otherwise."""
         return all(way.is_right for way in self.ways)
 
 
 class _Trace(NamedTuple):
-    """What one run drew, and from which logits."""
+    """What one run would have written, token by token, and the logits it chose by."""
 
     ids: tuple[int, ...]
     logits: Tensor
+
+
+class _Run(NamedTuple):
+    """A trace, by which steps its prompt was read (None: not by the engine's), what was counted."""
+
+    trace: _Trace
+    cuts: Cuts | None = None
+    number: int | None = None
+    counted: str = ""
 
 
 def prove(
@@ -111,6 +146,7 @@ def prove(
 
     Raises:
         ConfigError: a shorter prompt.
+        NonFiniteError: the plain way's logits are not finite.
     """
     if len(ids) < _LEAST_PROMPT:
         raise ConfigError(f"a prompt of {len(ids)} tokens: expected {_LEAST_PROMPT} or more")
@@ -124,10 +160,11 @@ class _Trial:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        # Several chunks and pages, whatever the prompt's length.
+        # Several chunks and pages, whatever the prompt's length, and an end read token by token.
         chunk = max(min(len(ids) // 4, 128), 2)
         self.plain = EngineOptions(
             prefill_chunk=chunk,
+            single_tokens=chunk,
             step_tokens=chunk,
             page_tokens=max(chunk // 3, 1),
             context=4 * len(ids) + 8 * num_tokens,
@@ -137,156 +174,331 @@ class _Trial:
         self.keeping = replace(self.plain, cache_bytes=None)
         self.request = Request(prompt=ids, max_tokens=num_tokens, ignore_end=True)
         # Beginnings of the same text, so that they have prefixes in common with it.
+        half = len(ids) // 2
         self.neighbours = [
-            replace(self.request, prompt=(*ids[: len(ids) // 2 + at], ids[at]), max_tokens=at + 2)
-            for at in range(_NUM_NEIGHBOURS)
+            replace(self.request, prompt=(*ids[: half + at], ids[at]), max_tokens=at + 2)
+            for at in range(_NUM_NEIGHBOURS - 1)
         ]
+        # One writes for as long as the others read.
+        self.neighbours.append(
+            replace(self.request, prompt=ids[:half], max_tokens=half + num_tokens)
+        )
+        core = self._core(self.plain)
+        self.has_decoder = core.reader.has_decoder
+        recorder = _Recorder(core)
+        plain = recorder.follow(self.request)
+        [run] = recorder.runs(plain)
+        self.trace, self.cold = run.trace, {plain.prompt_cuts: run.trace}
+        self.dtype = model.embedding.weight.dtype
+        is_quantized = any(isinstance(part, QuantizedMatrix) for part in model.modules())
+        is_fine = self.dtype in _ALLOWED and not is_quantized
+        share, self.share_near = _ALLOWED[self.dtype] if is_fine else _COARSELY_ALLOWED
+        self.rounding = share * max(float(self.trace.logits.abs().max()), 1.0)
 
     def run(self, on_way: Callable[[Way], None] | None) -> Proof:
-        core = self._core(self.plain)
-        has_decoder = core.reader.has_decoder
-        plain = _alone(core, self.request)
-        dtype = self.model.embedding.weight.dtype
-        largest = float(plain.logits.abs().max())
-        rounding = _ROUNDING.get(dtype, _ROUNDING[torch.bfloat16]) * max(largest, 1.0)
         ways = []
-        for name, is_cut_alike, run in self._ways(plain):
-            must_be_equal = is_cut_alike and has_decoder
-            for trace in run():
-                way = _compared(name, plain, trace, must_be_equal, rounding)
+        for name, runs_of in self._ways():
+            try:
+                found = [self._compared(name, run) for run in runs_of()]
+            except Exception as error:  # whatever the engine did wrong, the other ways are shown
+                found = [_failed(name, error)]
+            for way in found:
                 ways.append(way)
                 if on_way is not None:
                     on_way(way)
         return Proof(
             num_prompt_tokens=len(self.request.prompt),
-            num_tokens=len(plain.ids),
-            dtype=str(dtype).removeprefix("torch."),
-            has_decoder=has_decoder,
-            rounding=rounding,
+            num_tokens=len(self.trace.ids),
+            dtype=str(self.dtype).removeprefix("torch."),
+            has_decoder=self.has_decoder,
+            rounding=self.rounding,
             ways=tuple(ways),
         )
 
-    def _ways(self, plain: _Trace) -> list[tuple[str, bool, Callable[[], list[_Trace]]]]:
-        """(name, whether the prompt is cut as in the plain way, how)."""
+    def _ways(self) -> list[tuple[str, Callable[[], list[_Run]]]]:
         return [
-            ("again", True, lambda: [_alone(self._core(self.plain), self.request)]),
-            ("the model's forward pass", False, lambda: [self._forward(plain.ids)]),
+            ("again", lambda: [self._run(self.plain)]),
+            ("the model's forward pass", self._forward),
             *(
-                (f"chunks of {chunk}", False, lambda chunk=chunk: [self._chunked(chunk)])
+                (f"chunks of {chunk}", lambda chunk=chunk: self._chunked(chunk))
                 for chunk in _CHUNKS
             ),
-            ("among neighbours", True, lambda: [self._among_neighbours(self.plain)]),
-            ("prefix: the whole prompt", True, self._whole_prefix),
-            ("prefix: half the prompt", False, self._half_prefix),
-            ("prefix: among neighbours", False, lambda: [self._among_neighbours(self.keeping)]),
-            ("put aside", True, lambda: [self._preempted(self.keeping)]),
-            ("lost and read again", True, lambda: [self._preempted(self.plain)]),
-            ("forked", True, self._forked),
-            ("from a state file", False, self._from_file),
+            *([("token by token", self._singly)] if self.has_decoder else []),
+            ("among neighbours", lambda: [self._among_neighbours(self._recorder(self.plain))]),
+            ("in places that held others", self._in_used_places),
+            ("prefix: the whole prompt", self._whole_prefix),
+            ("prefix: half the prompt", self._half_prefix),
+            ("prefix: among neighbours", self._neighbours_prefix),
+            ("put aside", lambda: [self._preempted(self.keeping)]),
+            ("lost and read again", lambda: [self._preempted(self.plain)]),
+            ("forked", self._forked),
+            ("from a state file", self._from_file),
         ]
 
     def _core(self, options: EngineOptions) -> Core:
         return Core(self.model, self.tokenizer, options)
 
-    def _forward(self, ids: tuple[int, ...]) -> _Trace:
-        text = torch.tensor([[*self.request.prompt, *ids[:-1]]])
+    def _recorder(self, options: EngineOptions) -> "_Recorder":
+        return _Recorder(self._core(options), self.trace.ids)
+
+    def _run(self, options: EngineOptions) -> _Run:
+        """The request alone."""
+        recorder = self._recorder(options)
+        [run] = recorder.runs(recorder.follow(self.request))
+        return run
+
+    def _forward(self) -> list[_Run]:
+        text = torch.tensor([[*self.request.prompt, *self.trace.ids[:-1]]])
         hidden = self.model.hidden(text.to(self.model.embedding.weight.device)).hidden[0]
         logits = self.model.logits(hidden[len(self.request.prompt) - 1 :])
         logits = logits[:, : self.tokenizer.vocab_size].cpu()
         usable = logits.clone()
         usable[:, list(self.tokenizer.unused_ids)] = -torch.inf
-        return _Trace(tuple(usable.argmax(-1).tolist()), logits)
+        return [_Run(_Trace(tuple(usable.argmax(-1).tolist()), logits))]
 
-    def _chunked(self, chunk: int) -> _Trace:
-        return _alone(self._core(replace(self.plain, prefill_chunk=chunk)), self.request)
+    def _chunked(self, chunk: int) -> list[_Run]:
+        run = self._run(replace(self.plain, prefill_chunk=chunk, single_tokens=0))
+        sizes = _sizes(run.cuts)
+        number = len(sizes) if max(sizes) <= chunk else 0
+        return [_Run(run.trace, None, number, "chunks")]
 
-    def _among_neighbours(self, options: EngineOptions) -> _Trace:
-        core = self._core(options)
+    def _singly(self) -> list[_Run]:
+        run = self._run(replace(self.plain, single_tokens=len(self.request.prompt)))
+        number = sum(-cut for cut in run.cuts or () if cut < 0)
+        return [_Run(run.trace, None, number, "tokens read one by one")]
+
+    def _among_neighbours(self, recorder: "_Recorder") -> _Run:
+        own = self._with_neighbours(recorder)
+        [run] = recorder.runs(own)
+        return run._replace(number=recorder.num_beside[own], counted="tokens drawn beside others")
+
+    def _with_neighbours(self, recorder: "_Recorder") -> Job:
         half = len(self.neighbours) // 2
-        recorder = _Recorder(core)
         for request in self.neighbours[:half]:
             recorder.add(request)
-        core.step()
-        own = recorder.add(self.request)
+        recorder.core.step()
+        own = recorder.follow(self.request)
         for request in self.neighbours[half:]:
             recorder.add(request)
-        return recorder.traces(own)[0]
+        return own
 
-    def _whole_prefix(self) -> list[_Trace]:
-        core = self._core(replace(self.keeping, exact_reuse=True))
-        return [_alone(core, self.request) for _ in range(2)][1:]
+    def _in_used_places(self) -> list[_Run]:
+        # Read token by token, a text begins with what is found in its place.
+        recorder = self._recorder(replace(self.plain, single_tokens=len(self.request.prompt)))
+        recorder.core.pool.spoil()
+        return [self._among_neighbours(recorder)]
 
-    def _half_prefix(self) -> list[_Trace]:
-        core = self._core(self.keeping)
+    def _whole_prefix(self) -> list[_Run]:
+        recorder = self._recorder(replace(self.keeping, exact_reuse=True))
+        recorder.runs(recorder.add(self.request))
+        return [recorder.reusing(recorder.follow(self.request))]
+
+    def _half_prefix(self) -> list[_Run]:
+        recorder = self._recorder(self.keeping)
         half = self.request.prompt[: len(self.request.prompt) // 2]
-        _alone(core, replace(self.request, prompt=half, max_tokens=1))
-        return [_alone(core, self.request)]
+        recorder.runs(recorder.add(replace(self.request, prompt=half, max_tokens=1)))
+        return [recorder.reusing(recorder.follow(self.request))]
 
-    def _preempted(self, options: EngineOptions) -> _Trace:
-        core = self._core(replace(options, exact_reuse=True))
-        recorder = _Recorder(core)
-        own = recorder.add(replace(self.request, reuse=False))
+    def _neighbours_prefix(self) -> list[_Run]:
+        recorder = self._recorder(self.keeping)
+        return [recorder.reusing(self._with_neighbours(recorder))]
+
+    def _preempted(self, options: EngineOptions) -> _Run:
+        recorder = self._recorder(options)
+        core = recorder.core
+        own = recorder.follow(replace(self.request, reuse=False))
         for number in _PREEMPTED_AFTER:
             for _ in range(number):
                 core.step()
             if core.scheduler.running:
                 core.preempt(core.scheduler.youngest())
-        return recorder.traces(own)[0]
+        [run] = recorder.runs(own)
+        num_rebuilt = core.counters.num_rebuilt
+        if options.cache_bytes == 0:
+            return run._replace(number=num_rebuilt, counted="times lost")
+        num_aside = core.counters.num_preemptions - num_rebuilt
+        return run._replace(number=num_aside, counted="times put aside")
 
-    def _forked(self) -> list[_Trace]:
-        recorder = _Recorder(self._core(self.keeping))
-        own = recorder.add(replace(self.request, n=_NUM_CHOICES, reuse=False))
-        return recorder.traces(own)[1:]
+    def _forked(self) -> list[_Run]:
+        recorder = self._recorder(self.keeping)
+        own = recorder.follow(replace(self.request, n=_NUM_CHOICES, reuse=False))
+        _, *others = recorder.runs(own)
+        num_rebuilt = recorder.core.counters.num_rebuilt
+        number = len(others) - num_rebuilt if own.has_forked else 0
+        return [run._replace(number=number, counted="choices forked") for run in others]
 
-    def _from_file(self) -> list[_Trace]:
+    def _from_file(self) -> list[_Run]:
         half = len(self.request.prompt) // 2
         head = replace(self.request, prompt=self.request.prompt[:half], max_tokens=0)
-        recorder = _Recorder(self._core(self.keeping))
+        recorder = self._recorder(self.keeping)
         own = recorder.add(replace(head, keep_state=True))
-        recorder.traces(own)
-        text = recorder.result(own).choices[0].state
+        recorder.runs(own)
+        text = recorder.results[own].choices[0].state
         assert text is not None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "state.safetensors"
             save_text_state(path, text, self.model)
-            loaded: TextState = load_text_state(path, self.model)
+            loaded = load_text_state(path, self.model)
+        recorder = self._recorder(self.keeping)
         tail = replace(self.request, prompt=self.request.prompt[half:], state=loaded)
-        return [_alone(self._core(self.keeping), tail)]
+        job = recorder.follow(tail)
+        [run] = recorder.runs(job)
+        before = job.num_before  # saving reads the head's last token, in a pass of its own
+        behind = (cut + before if cut > 0 else cut - before for cut in job.prompt_cuts)
+        cuts = (*own.prompt_cuts, before, *behind)
+        return [_Run(run.trace, cuts, before, "tokens not read again")]
+
+    def _cold(self, cuts: Cuts) -> _Trace:
+        """Alone, nothing restored, and the prompt read by given steps."""
+        if cuts not in self.cold:
+            recorder = self._recorder(self.plain)
+            job = recorder.follow(self.request)
+            job.sequences[0].cuts, job.sequences[0].is_bound = list(cuts), True
+            [run] = recorder.runs(job)
+            self.cold[cuts] = run.trace
+        return self.cold[cuts]
+
+    def _compared(self, name: str, run: _Run) -> Way:
+        from_plain = _apart(self.trace, run.trace)
+        alike = None if run.cuts is None else _apart(self._cold(run.cuts), run.trace)
+        diverges_at = _parting(self.trace, run.trace)
+        margin = None
+        if diverges_at is not None:
+            best = self.trace.logits[diverges_at].topk(2).values
+            margin = float(best[0] - best[1])
+        must_be_equal = alike is not None and self.has_decoder
+        fault = None
+        if run.number == 0:
+            fault = "did not happen"
+        elif must_be_equal and not self._is_equal(run):
+            fault = "not equal to the last bit"
+        elif not all(self._is_near(each) for each in (from_plain, alike) if each is not None):
+            fault = "differs by more than rounding"
+        return Way(
+            name=name,
+            difference=_largest(from_plain),
+            diverges_at=diverges_at,
+            margin=margin,
+            difference_alike=None if alike is None else _largest(alike),
+            must_be_equal=must_be_equal,
+            number=run.number,
+            counted=run.counted,
+            fault=fault,
+        )
+
+    def _is_equal(self, run: _Run) -> bool:
+        assert run.cuts is not None
+        cold = self._cold(run.cuts)
+        return cold.ids == run.trace.ids and torch.equal(cold.logits, run.trace.logits)
+
+    def _is_near(self, apart: Tensor) -> bool:
+        number = math.ceil(self.share_near * len(apart))
+        return bool(
+            apart.sort().values[:number].le(self.rounding).all()
+        )  # NaN comes last, and is not
 
 
-def _alone(core: Core, request: Request) -> _Trace:
-    recorder = _Recorder(core)
-    own = recorder.add(request)
-    return recorder.traces(own)[0]
+def _failed(name: str, error: Exception) -> Way:
+    return Way(
+        name=name,
+        difference=None,
+        diverges_at=None,
+        margin=None,
+        difference_alike=None,
+        must_be_equal=False,
+        number=None,
+        counted="",
+        fault=f"failed: {error!r}",
+    )
+
+
+def _apart(one: _Trace, other: _Trace) -> Tensor:
+    """The largest difference of a logit, for each token."""
+    return (one.logits - other.logits).abs().amax(-1)
+
+
+def _largest(apart: Tensor) -> float | None:
+    number = float(apart.max())
+    return number if math.isfinite(number) else None
+
+
+def _parting(one: _Trace, other: _Trace) -> int | None:
+    """The first token that differs."""
+    pairs = zip(one.ids, other.ids, strict=True)
+    return next((at for at, (left, right) in enumerate(pairs) if left != right), None)
+
+
+def _sizes(cuts: Cuts | None) -> list[int]:
+    """Tokens between one cut and the next."""
+    places = [0, *map(abs, cuts or ())]
+    return [after - before for before, after in pairwise(places)]
 
 
 class _Recorder:
-    """Runs requests and keeps the logits that every token was drawn from."""
+    """Runs requests, and keeps what is drawn and from which logits.
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
+    Args:
+        core: runs them.
+        text: whatever a request draws that follows it, it is given these ids; None lets it write.
+
+    Attributes:
+        core: as given.
+        results: of the requests that are done.
+        num_beside: of each, tokens that were drawn while others drew theirs.
+    """
+
+    def __init__(self, core: Core, text: tuple[int, ...] | None = None) -> None:
+        self.core = core
+        self.results: dict[Job, Result] = {}
+        self.num_beside: Counter[Job] = Counter()
+        self._text = text
+        self._following: set[Job] = set()
+        self._drawn: dict[Sequence, list[int]] = {}
         self._logits: dict[Sequence, list[Tensor]] = {}
-        self._results: dict[Job, Result] = {}
-        core.sampling = _RecordingSampling(core, self._logits)
+        core.sampling = _RecordingSampling(core, self)
 
     def add(self, request: Request) -> Job:
-        listener = _Listener(self._results)
-        job = self._core.add(request, listener)
+        listener = _Listener(self.results)
+        job = self.core.add(request, listener)
         listener.job = job
         return job
 
-    def result(self, job: Job) -> Result:
-        return self._results[job]
+    def follow(self, request: Request) -> Job:
+        """Add one that follows the text."""
+        job = self.add(request)
+        self._following.add(job)
+        return job
 
-    def traces(self, job: Job) -> list[_Trace]:
-        """Run until there is nothing left to do; one trace a choice."""
-        while self._core.has_work:
-            self._core.step()
-        choices = self._results[job].choices
+    def note(self, logits: Tensor, rows: Rows[Sequence]) -> None:
+        """The logits that these are about to draw from."""
+        for row, sequence in zip(logits.cpu(), rows, strict=True):
+            self._logits.setdefault(sequence, []).append(row.clone())
+            self.num_beside[sequence.job] += len(rows) > 1
+
+    def drew(self, sequence: Sequence, token_id: int) -> int:
+        """What it has drawn; returns what it is given."""
+        self._drawn.setdefault(sequence, []).append(token_id)
+        if self._text is None or sequence.job not in self._following:
+            return token_id
+        return self._text[len(sequence.answer.ids)]
+
+    def runs(self, job: Job) -> list[_Run]:
+        """Go on until there is nothing left to do; one run a choice that has drawn anything."""
+        while self.core.has_work:
+            self.core.step()
         return [
-            _Trace(choice.ids, torch.stack(self._logits.get(sequence) or [torch.empty(0)]))
-            for choice, sequence in zip(choices, job.sequences, strict=True)
+            _Run(
+                _Trace(tuple(self._drawn[sequence]), torch.stack(self._logits[sequence])),
+                job.prompt_cuts,
+            )
+            for sequence in job.sequences
+            if sequence in self._drawn
         ]
+
+    def reusing(self, job: Job) -> _Run:
+        """One that is to find its beginning kept."""
+        [run] = self.runs(job)
+        return run._replace(number=job.num_cached_tokens, counted="tokens reused")
 
 
 class _Listener:
@@ -306,27 +518,13 @@ class _Listener:
 
 
 class _RecordingSampling(Sampling):
-    def __init__(self, core: Core, logits: dict[Sequence, list[Tensor]]) -> None:
+    def __init__(self, core: Core, recorder: _Recorder) -> None:
         super().__init__(core.tokenizer, core.model.embedding.weight.device)
-        self._seen = logits
+        self._recorder = recorder
 
     def choose(self, logits: Tensor, rows: Rows[Sequence]) -> list[int | DeltamoeError]:
-        for row, sequence in zip(logits[:, : self._vocab_size].cpu(), rows, strict=True):
-            self._seen.setdefault(sequence, []).append(row.clone())
-        return super().choose(logits, rows)
-
-
-def _compared(name: str, plain: _Trace, other: _Trace, must_be_equal: bool, rounding: float) -> Way:
-    pairs = zip(plain.ids, other.ids, strict=True)
-    diverges_at = next((at for at, (one, two) in enumerate(pairs) if one != two), None)
-    # Behind the first token that differs the texts are different ones.
-    num_alike = len(plain.ids) if diverges_at is None else diverges_at + 1
-    difference = (plain.logits[:num_alike] - other.logits[:num_alike]).abs().max()
-    margin = None
-    if diverges_at is not None:
-        best = plain.logits[diverges_at].topk(2).values
-        margin = float(best[0] - best[1])
-    is_right = float(difference) <= (0.0 if must_be_equal else rounding)
-    if margin is not None:
-        is_right = is_right and not must_be_equal and margin <= 2 * rounding
-    return Way(name, float(difference), diverges_at, margin, must_be_equal, is_right)
+        self._recorder.note(logits[:, : self._vocab_size], rows)
+        return [
+            token_id if isinstance(token_id, DeltamoeError) else self._recorder.drew(row, token_id)
+            for row, token_id in zip(rows, super().choose(logits, rows), strict=True)
+        ]

@@ -2,7 +2,8 @@
 
 Those who came first start first, and are the last to give way. Of several prompts the one with the
 least left is read first, so that short ones need not wait for long ones; every fourth chunk is that
-of the oldest, so that long ones are not starved. Bookkeeping only: no tensors, no clocks.
+of the oldest, so that long ones are not starved. Audits are the youngest, and read after everybody.
+Bookkeeping only: no tensors, no clocks.
 """
 
 from bisect import insort
@@ -62,7 +63,7 @@ class Scheduler:
         self._num_chunks += 1
         if self._num_chunks % _OLDEST_EVERY == 0:
             return prompts[0]
-        return min(prompts, key=lambda sequence: sequence.prefill_end - sequence.num_read)
+        return min(prompts, key=lambda each: (each.job.is_audit, each.prefill_end - each.num_read))
 
     def youngest(self) -> Sequence:
         """Who gives way."""

@@ -284,6 +284,17 @@ class StatePool:
         lengths = torch.tensor([handle.length], device=self._device)
         return ModelState(tuple(layers), lengths)
 
+    def spoil(self) -> None:
+        """Fill what nobody holds with NaN: whatever an earlier owner has left is not to matter."""
+        for storage, free in (
+            (self._conv, self._free_slots),
+            (self._memory, self._free_slots),
+            (self._latent, self._free_pages),
+            (self._rope_key, self._free_pages),
+        ):
+            if len(storage):
+                storage[:, free] = torch.nan
+
     def copy(self, handle: Handle) -> ModelState:
         """A sequence's state as a value of its own."""
         state = self.read(handle)
