@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deltamoe.cli import main
-from deltamoe.explorer import trace
+from deltamoe.explorer import read_trace, trace, views
 from deltamoe.testing import tiny_model
 from deltamoe.tokenizer import ByteTokenizer
 from tests.saved_run import save_run
@@ -61,6 +61,31 @@ def test_json_is_what_the_page_would_show(
     shown = json.loads(capsys.readouterr().out)
     assert shown["trace"] is None
     assert [item["name"] for item in shown["runs"]] == ["run"]
+
+
+def test_the_numbers_of_a_view(
+    trace_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = {"layer": 1, "head": 3, "token": -1}
+    words = [f"--{key}={value}" for key, value in place.items()]
+    assert main(["explore", str(trace_file), "--json", "--view", "memory", *words]) == 0
+    expected = views.show(read_trace(trace_file), "memory", **place)
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(expected))
+
+    run = save_run(tmp_path)
+    (run / "metrics.jsonl").write_text('{"format": 1, "step": 1, "loss": 5.0}\n')
+    assert main(["explore", str(run), "--json", "--view", "runs"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["opened"]["records"][0]["loss"] == 5.0
+    assert [one["name"] for one in shown["runs"]] == [run.name]
+
+    for words, sentence in (
+        ([str(run), "--json", "--view", "memory"], "deltamoe trace"),
+        ([str(trace_file), "--view", "memory"], "--json"),
+        ([str(trace_file), "--json", "--view", "dreams"], "the views are tokens"),
+    ):
+        assert main(["explore", *words]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken(trace_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

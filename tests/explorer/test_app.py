@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 from starlette.testclient import TestClient
 
-from deltamoe.explorer import Trace, derive, read_trace
+from deltamoe.explorer import Trace, derive, read_trace, views
 from deltamoe.explorer.app import create_app
 from deltamoe.explorer.live import Live
 from deltamoe.explorer.runs import runs_folder
@@ -168,8 +168,23 @@ def test_the_model_and_the_runs(live: TestClient, opened: OpenedModel) -> None:
     runs = live.get("/api/runs").json()["runs"]
     assert [run["name"] for run in runs] == ["run"]
     assert runs[0]["is_open"]
-    assert live.get("/api/runs/run?after=0").json()["records"][0]["loss"] == 5.0
+    assert live.get("/api/runs/run").json()["records"][0]["loss"] == 5.0
     assert live.get("/api/runs/other").status_code == 404
+
+
+def test_the_views_as_numbers(file: TestClient, recorded: Trace) -> None:
+    trace = file.get("/api/status").json()["trace"]
+    found = file.get(f"/api/trace/{trace}/view/memory?layer=1&head=2&token=-1").json()
+    shown = views.show(recorded, "memory", layer=1, head=2, token=-1)
+    assert found == json.loads(json.dumps(shown))
+    for query, status in (
+        ("memory?layer=3", 404),
+        ("memory?head=9", 404),
+        ("memory?token=99", 404),
+        ("memory?dtype=f16", 400),
+        ("nothing", 400),
+    ):
+        assert file.get(f"/api/trace/{trace}/view/{query}").status_code == status, query
 
 
 def test_a_file_alone_answers_the_same(file: TestClient, recorded: Trace) -> None:
@@ -232,7 +247,8 @@ def test_only_this_machine_and_this_page(
         (("GET", "/api/trace/none/kda.beta"), 404),
         (("GET", "/api/runs/..%2f..%2fetc"), 404),
         (("GET", "/api/runs/run?points=1"), 400),
-        (("GET", "/api/runs/run?after=x"), 400),
+        (("GET", "/api/runs/run?from=x"), 400),
+        (("GET", "/api/runs/run?until=1"), 400),
     ],
 )
 def test_errors_are_sentences(live: TestClient, request_: tuple[str, str], status: int) -> None:

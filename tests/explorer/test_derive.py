@@ -32,7 +32,7 @@ def test_memory_is_the_recurrence(recorded: Trace, layer: int, token: int) -> No
 
 
 def test_norms_of_the_trace_are_those_of_the_memories(recorded: Trace) -> None:
-    memories = list(derive.memories(recorded, 1))
+    memories = [step.after for step in derive.steps(recorded, 1)]
     norms = np.sqrt(np.square(memories).sum(axis=(2, 3)))
     np.testing.assert_allclose(recorded.array("kda.memory_norm", 1), norms, rtol=1e-4)
     changes = np.diff(np.concatenate([np.zeros_like(memories[:1]), memories]), axis=0)
@@ -74,6 +74,22 @@ def test_recall_of_a_full_write_is_whole() -> None:
     trace = Trace(summary, arrays)
     np.testing.assert_allclose(derive.recall(trace, 0, 0)[:, 0], [1.0, 1.0, -1.0])
     np.testing.assert_allclose(derive.retention(trace, 0, 0)[:, 0], 1.0)
+
+
+def test_one_head_alone_is_the_same(recorded: Trace) -> None:
+    for derived in (derive.memory, derive.memory_change):
+        whole, one = derived(recorded, 1, 7), derived(recorded, 1, 7, 3)
+        np.testing.assert_allclose(one[0], whole[3], rtol=1e-5, atol=1e-7)
+    for later in (derive.recall, derive.retention):
+        whole, one = later(recorded, 1, 7), later(recorded, 1, 7, 3)
+        np.testing.assert_allclose(one[:, 0], whole[:, 3], rtol=1e-5, atol=1e-7)
+    with pytest.raises(DataError, match="4, counted from 0"):
+        derive.memory(recorded, 1, 7, 4)
+
+
+def test_half_lives_have_an_end() -> None:
+    found = derive.half_life(np.array([-np.log(2), -0.0, 0.0, -1e30], np.float32))
+    np.testing.assert_allclose(found, [1.0, 1e9, 1e9, 0.0], atol=1e-20)
 
 
 def test_retention_is_what_decay_leaves(recorded: Trace) -> None:

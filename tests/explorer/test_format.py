@@ -1,7 +1,9 @@
 """A trace file: there and back, and every hostile one refused in a sentence."""
 
 import contextlib
+import copy
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from deltamoe.checkpoint.header import TensorSpec, encode_header
+from deltamoe.checkpoint.header import Header, TensorSpec, encode_header, read_header
 from deltamoe.errors import BadFileError, DataError
-from deltamoe.explorer import Trace, read_trace
+from deltamoe.explorer import Trace, format, read_trace, trace
 from deltamoe.explorer.format import to_bytes
 from deltamoe.explorer.quantities import QUANTITIES
+from deltamoe.explorer.views import VIEWS, show
+from deltamoe.explorer.wire import answer, decode
+from deltamoe.model import HybridLM
+from deltamoe.tokenizer import ByteTokenizer
 from tests.docs.pages import ROOT, rows
 
 
@@ -79,7 +85,7 @@ def test_the_documentation_lists_every_array() -> None:
 
     written = [
         [
-            f"`{q.name}`" + (" (bulky)" if q.is_bulky else ""),
+            f"`{q.name}`" + ("" if q.keep == "always" else f" ({q.keep})"),
             q.over or "",
             ", ".join(q.axes),
             q.dtype,
@@ -127,6 +133,8 @@ HOSTILE_SUMMARIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "an array twice": (_set("arrays", 1, "name", "tokens.ids"), "tensors"),
     "another dtype": (_set("arrays", 0, "dtype", "f32"), "I32"),
     "another shape": (_set("arrays", 0, "shape", [1]), "shape"),
+    "layers that are not told of": (_set("layers", []), "describes 0 layers"),
+    "no meters": (_set("model", "state_bytes", None), "model.state_bytes"),
     "an entry that is none": (_set("arrays", 0, 5), "entry"),
 }
 
@@ -220,16 +228,61 @@ def test_script_is_text(recorded: Trace, tmp_path: Path) -> None:
     assert read_trace(path).summary["prompt"] == script
 
 
-@settings(
-    max_examples=150,
+def test_an_array_of_a_newer_program_is_passed_over(recorded: Trace, tmp_path: Path) -> None:
+    """Of the same format: what is added later takes nothing away from what is known."""
+    summary = json.loads(json.dumps(recorded.summary))
+    summary["arrays"].append({**summary["arrays"][0], "name": "kda.novelty", "axes": ["what"]})
+    arrays = {**recorded.arrays, "kda.novelty": recorded.arrays["tokens.ids"]}
+    again = read_trace(write(tmp_path / "a.safetensors", summary, arrays))
+    assert again.summary == json.loads(json.dumps(recorded.summary))
+    assert set(again.arrays) == set(recorded.arrays)
+
+
+def test_arrays_may_be_missing(recorded: Trace, tmp_path: Path) -> None:
+    """A file of before the boxes had tensors is a trace as ever."""
+    inner = {name for name, quantity in QUANTITIES.items() if quantity.keep == "inner"}
+    summary = json.loads(json.dumps(recorded.summary))
+    summary["arrays"] = [entry for entry in summary["arrays"] if entry["name"] not in inner]
+    arrays = {name: array for name, array in recorded.arrays.items() if name not in inner}
+    again = read_trace(write(tmp_path / "a.safetensors", summary, arrays))
+    assert show(again, "memory") == show(recorded, "memory")
+
+
+def test_a_file_that_is_replaced_while_it_is_read(
+    recorded: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recording puts its file in the old one's place: never this header and those arrays."""
+    path = tmp_path / "a.safetensors"
+    recorded.save(path)
+
+    def read_late(asked: Path) -> Header:
+        recorded.save(path)
+        return read_header(asked)
+
+    monkeypatch.setattr(format, "read_header", read_late)
+    with pytest.raises(DataError, match="another file took its place"):
+        read_trace(path)
+
+
+@pytest.fixture(scope="module")
+def small(model: HybridLM) -> Trace:
+    """Three tokens, so that hundreds of files are read in seconds."""
+    return trace(model, ByteTokenizer(), "ab")
+
+
+FUZZ = settings(
+    max_examples=120,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+
+
+@FUZZ
 @given(data=st.data())
 def test_any_damage_is_our_error_or_harmless(
-    recorded: Trace, tmp_path: Path, data: st.DataObject
+    small: Trace, tmp_path: Path, data: st.DataObject
 ) -> None:
-    content = bytearray(to_bytes(recorded))
+    content = bytearray(to_bytes(small))
     length = 8 + int.from_bytes(content[:8], "little")
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, length - 1))
@@ -237,4 +290,92 @@ def test_any_damage_is_our_error_or_harmless(
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     with contextlib.suppress(BadFileError):
-        read_trace(path)
+        look_everywhere(read_trace(path))
+
+
+ODD: list[Any] = [
+    *(None, True, -1, 0, 2, 10**9, 2**63, -(2**70), 1e308, 0.5),
+    *("", "<script>alert(1)</script>", "kda.key", "\x00", "9" * 50, [], {}, [[]], [1] * 50),
+    {"format": 1},
+]
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_summary_of_odd_values_is_our_error_or_harmless(
+    small: Trace, tmp_path: Path, data: st.DataObject
+) -> None:
+    """One to three values of the summary, however deep, are replaced or taken away."""
+    summary = json.loads(json.dumps(small.summary))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place: Any = summary
+        while True:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            if not keys:
+                break
+            key = data.draw(st.sampled_from(keys))
+            is_deeper = isinstance(place[key], dict | list) and data.draw(st.integers(0, 3))
+            if not is_deeper:
+                place[key] = copy.deepcopy(data.draw(st.sampled_from(ODD)))
+                break
+            place = place[key]
+    path = write(tmp_path / "a.safetensors", summary, dict(small.arrays))
+    with contextlib.suppress(BadFileError):
+        look_everywhere(read_trace(path))
+
+
+@FUZZ
+@given(data=st.data())
+def test_arrays_of_odd_numbers_are_our_error_or_harmless(
+    small: Trace, tmp_path: Path, data: st.DataObject
+) -> None:
+    """Numbers at the edge of what is allowed lead to numbers, or to a sentence."""
+    arrays = dict(small.arrays)
+    names = [name for name, array in arrays.items() if array.dtype == np.float32]
+    for _ in range(data.draw(st.integers(1, 6))):
+        name = data.draw(st.sampled_from(names))
+        quantity = QUANTITIES[name]
+        edges = [0.0, -0.0, 1e-38, 3e38, -3e38, quantity.least or 0.0, quantity.most or 1.0]
+        array = arrays[name].copy()
+        array.flat[data.draw(st.integers(0, array.size - 1))] = data.draw(st.sampled_from(edges))
+        arrays[name] = array
+    summary = json.loads(json.dumps(small.summary))
+    path = write(tmp_path / "a.safetensors", summary, arrays)
+    with contextlib.suppress(BadFileError):
+        look_everywhere(read_trace(path))
+
+
+def look_everywhere(found: Trace) -> None:
+    """Every view and every array that follows gives numbers for JSON, or our error."""
+    for name in VIEWS:
+        with contextlib.suppress(BadFileError):
+            json.dumps(show(found, name, token=-1), allow_nan=False)
+    for name in ("memory", "recall", "attention"):
+        with contextlib.suppress(BadFileError):
+            header, _ = decode(answer(found, name, layer=1, token=1, dtype="u8"))
+            json.dumps(header, allow_nan=False)
+
+
+def test_a_lie_costs_no_memory(small: Trace, tmp_path: Path) -> None:
+    """However large the counts a file claims, reading it takes a few times its own length."""
+    path = tmp_path / "a.safetensors"
+    lies: list[Callable[[dict[str, Any]], None]] = [
+        _set("num_tokens", 2_000_000_000),
+        _set("model", "config", "num_layers", 1000),
+        _set("model", "config", "moe", "num_experts", 60_000),
+        _set("model", "config", "vocab_size", 1 << 24),
+        _set("model", "config", "kda", "num_heads", 60_000),
+        _set("arrays", 0, "shape", [1 << 40]),
+        _set("arrays", 6, "layers", list(range(10_000))),
+        _set("tokens", [{"id": 1, "text": ""}] * 5_000),
+    ]
+    for lie in lies:
+        summary = json.loads(json.dumps(small.summary))
+        lie(summary)
+        write(path, summary, dict(small.arrays))
+        tracemalloc.start()
+        with contextlib.suppress(BadFileError):
+            read_trace(path)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < 8 * path.stat().st_size + (8 << 20), most

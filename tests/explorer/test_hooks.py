@@ -1,5 +1,6 @@
 """The hooks: one table, nothing left behind, and the model none the wiser."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ def test_every_layer_is_seen_whole(model: HybridLM) -> None:
         model(IDS)
     assert list(seen) == [0, 1, 2, 3]
     for layer, captured in seen.items():
-        assert set(captured) == {hook.name for hook in HOOKS}
+        modules = dict(model.blocks[layer].named_modules())
+        assert set(captured) == {hook.name for hook in HOOKS if hook.module in modules}
         torch.testing.assert_close(
             captured["before"] + captured["mixer.output"], captured["between"], rtol=0, atol=0
         )
@@ -29,6 +31,15 @@ def test_every_layer_is_seen_whole(model: HybridLM) -> None:
         assert isinstance(captured["mixer.state"], KdaState if layer < 3 else MlaState)
         assert isinstance(captured["channel.routing"], Routing if layer else type(None))
     torch.testing.assert_close(seen[0]["after"], seen[1]["before"], rtol=0, atol=0)
+
+
+def test_every_hook_has_a_block_that_it_looks_at(model: HybridLM) -> None:
+    mla = replace(model.config.mla, query_rank=7)
+    wide = HybridLM(replace(model.config, mla=mla))
+    modules = {
+        name for m in (model, wide) for block in m.blocks for name, _ in block.named_modules()
+    }
+    assert {hook.module for hook in HOOKS} <= modules
 
 
 def test_a_watched_model_answers_the_same_to_the_last_bit(model: HybridLM) -> None:

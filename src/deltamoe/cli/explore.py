@@ -6,7 +6,7 @@ import socket
 import threading
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -39,6 +39,10 @@ _MOST_HEADER_BYTES = 16 << 10
     help="Longest text that is recorded; at most 2,048.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what the page would show, and leave.")
+@click.option("--view", help="With --json: print the numbers of this view instead.")
+@click.option("--layer", type=click.IntRange(min=0), help="Of the view; by default the first.")
+@click.option("--head", type=click.IntRange(min=0), default=0, help="Of the view.")
+@click.option("--token", type=int, default=0, help="Of the view; -1 is the last.")
 def command(
     path: Path,
     port: int,
@@ -49,6 +53,10 @@ def command(
     quantize: Bits | None,
     memory: int | None,
     as_json: bool,
+    view: str | None,
+    layer: int | None,
+    head: int,
+    token: int,
 ) -> None:
     """Watch the model in RUN think: a run folder, a step folder, a published one, or a trace file.
 
@@ -56,8 +64,10 @@ def command(
     of a run that has no checkpoint yet the training alone.
     Ctrl-C ends it.
     """
-    from deltamoe.explorer import read_trace
-    from deltamoe.explorer.runs import METRICS, list_runs, runs_folder
+    if view is not None and not as_json:
+        raise click.UsageError("--view goes with --json; on the page every view is a click away")
+    from deltamoe.explorer import read_trace, views
+    from deltamoe.explorer.runs import METRICS, runs_folder
 
     folder = runs_folder(path)
     first = live = None
@@ -75,11 +85,19 @@ def command(
     else:
         first = read_trace(path)
     if as_json:
-        shown = {
-            "model": live.model() if live else first and first.summary["model"],
-            "trace": first and first.summary,
-            "runs": list_runs(folder, path.resolve()) if folder else [],
-        }
+        runs = _runs(folder, path) if folder else {"runs": []}
+        if view == "runs":
+            shown = runs
+        elif view is None:
+            model = live.model() if live else first and first.summary["model"]
+            shown = {"model": model, "trace": first and first.summary, "runs": runs["runs"]}
+        elif first is None:
+            raise ConfigError(
+                f"--view {view} shows a trace, and {path} is none: record one with "
+                f"`deltamoe trace {path} --prompt TEXT --out FILE`"
+            )
+        else:
+            shown = views.show(first, view, layer=layer, head=head, token=token)
         click.echo(json.dumps(shown, indent=2))
         return
     try:
@@ -91,6 +109,15 @@ def command(
         ) from fault
     app = create_app(model=live, first=first, runs_folder=folder, opened=path.resolve())
     _serve(app, port, opens_browser=not no_browser)
+
+
+def _runs(folder: Path, path: Path) -> dict[str, Any]:
+    """What the view of training runs shows: all of them in short, and the open one's records."""
+    from deltamoe.explorer.runs import list_runs, read_run
+
+    found = list_runs(folder, path.resolve())
+    opened = [run["name"] for run in found if run["is_open"]]
+    return {"runs": found, "opened": read_run(folder, opened[0]) if opened else None}
 
 
 def _serve(app: "ASGIApp", port: int, *, opens_browser: bool) -> None:

@@ -1,7 +1,8 @@
 """Seeing a model think: a recorder, the file it writes, and the program that shows it.
 
 Lives here: the trace file (``format.py``), hooks and recorder, what follows from a trace
-(``derive.py``), ablations, the web application and its page in ``static/``.
+(``derive.py``), each view in numbers (``views.py``), ablations, the web application and its page in
+``static/``.
 May import: everything but training, evaluation and the server. What needs torch is imported when it
 is first used: a trace file is read and shown without it.
 Read first: ``format.py``, then ``record.py``; docs/explorer.md.

@@ -25,7 +25,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deltamoe.errors import ConfigError, DataError, DeltamoeError
-from deltamoe.explorer import requests, runs, wire
+from deltamoe.explorer import requests, runs, views, wire
 from deltamoe.explorer.format import Trace, to_bytes
 from deltamoe.explorer.quantities import MOST_TOKENS
 from deltamoe.explorer.store import MOST_BYTES, MOST_TRACES, TraceStore
@@ -38,6 +38,7 @@ _LOG = logging.getLogger("deltamoe")
 _MOST_BODY_BYTES = 1 << 20
 _BODY_S = 10.0  # a request's body must be here within so many seconds
 _MOST_WAITING = 8
+_PLACE = ("layer", "head", "token")
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; "
@@ -122,6 +123,7 @@ def create_app(
         Route("/api/traces", explorer.traces),
         Route("/api/trace/{id}", explorer.summary),
         Route("/api/trace/{id}/file", explorer.file),
+        Route("/api/trace/{id}/view/{view}", explorer.view),
         Route("/api/trace/{id}/{array}", explorer.array),
         Route("/api/runs", explorer.runs),
         Route("/api/runs/{name}", explorer.run),
@@ -282,19 +284,26 @@ class _Explorer:
         return _binary(content, "attachment; filename=trace.safetensors")
 
     async def array(self, request: Request) -> Response:
-        query = request.query_params
-        if unknown := sorted(set(query) - {"layer", "head", "token", "dtype"}):
-            raise ConfigError(
-                f"unknown query {unknown[0][:40]!a}; expected layer, head, token, dtype"
-            )
+        query = _query(request, "layer", "head", "token", "dtype")
         trace = self._trace(request.path_params["id"])
-        chosen = {name: _whole(query, name) for name in ("layer", "head", "token")}
+        chosen = {name: _whole(query, name) for name in _PLACE}
 
         def work() -> bytes:
             name = request.path_params["array"]
             return wire.answer(trace, name, **chosen, dtype=query.get("dtype", "f32"))
 
         return _binary(await run_in_threadpool(work))
+
+    async def view(self, request: Request) -> Response:
+        query = _query(request, *_PLACE)
+        trace = self._trace(request.path_params["id"])
+        layer, head, token = (_whole(query, name) for name in _PLACE)
+
+        def work() -> dict[str, Any]:
+            name = request.path_params["view"]
+            return views.show(trace, name, layer=layer, head=head or 0, token=token or 0)
+
+        return JSONResponse(await run_in_threadpool(work))
 
     async def runs(self, request: Request) -> Response:
         folder = self._folder
@@ -306,12 +315,13 @@ class _Explorer:
     async def run(self, request: Request) -> Response:
         if self._folder is None:
             raise DataError("no training run is open: this is a trace file or a model alone")
-        after, points = (_whole(request.query_params, name) for name in ("after", "points"))
+        query = _query(request, "from", "points")
+        points = _whole(query, "points")
         found = await run_in_threadpool(
             runs.read_run,
             self._folder,
             request.path_params["name"],
-            after=0 if after is None else after,
+            cursor=query.get("from"),
             points=2_000 if points is None else points,
         )
         return JSONResponse(found)
@@ -424,6 +434,13 @@ async def _body(request: Request, kind: type[Any]) -> Any:
     except ClientDisconnect:
         raise _RefusedError(400, "the request was cut short") from None
     return requests.parse_request(content, kind)
+
+
+def _query(request: Request, *known: str) -> Mapping[str, str]:
+    """The request's query, which may ask for nothing else."""
+    if unknown := sorted(set(request.query_params) - set(known)):
+        raise ConfigError(f"unknown query {unknown[0][:40]!a}; expected {', '.join(known)}")
+    return request.query_params
 
 
 def _whole(query: Mapping[str, str], name: str) -> int | None:

@@ -15,10 +15,12 @@ it. No torch.
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +69,7 @@ class Trace:
     summary: dict[str, Any]
     arrays: Mapping[str, Array]
 
-    @property
+    @cached_property
     def config(self) -> ModelConfig:
         """The model's geometry."""
         return from_dict(self.summary["model"]["config"], ModelConfig)
@@ -163,11 +165,26 @@ def read_trace(path: Path | str) -> Trace:
 
     Raises:
         CheckpointError: no safetensors file, or one whose header lies (``read_header``).
-        DataError: no trace, a newer one, too large, an array that is missing, unknown, misshapen,
-            or that holds what it cannot hold; the message names it.
+        DataError: no trace, a newer one, too large, an array that is missing, misshapen, or that
+            holds what it cannot hold; the message names it. An array that format 1 did not have
+            when this was written is passed over.
     """
     path = Path(path)
-    header = read_header(path)
+    with open_regular(path, error=DataError) as file:
+        header = read_header(path)
+        if not _is_still(path, file):  # the header would be one file's and the arrays another's
+            raise DataError(f"{path}: another file took its place while it was read: open it again")
+        return _read(path, header, file)
+
+
+def _is_still(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def _read(path: Path, header: Header, file: BinaryIO) -> Trace:
     if header.file_bytes > MOST_BYTES:
         raise DataError(f"{path}: {header.file_bytes:,} bytes; a trace has at most {MOST_BYTES:,}")
     summary = _read_summary(path, header)
@@ -183,9 +200,19 @@ def read_trace(path: Path | str) -> Trace:
         raise DataError(
             f"{path}: its tensors are not those its summary lists; the first odd one is {odd[0]!a}"
         )
+    if len(summary["layers"]) != config.num_layers:
+        raise DataError(
+            f"{path}: summary: describes {len(summary['layers']):,} layers; "
+            f"the model has {config.num_layers:,}"
+        )
+    for key in ("weight_bytes", "state_bytes", "cache_bytes_per_token"):
+        if type(summary["model"].get(key)) is not int:
+            raise DataError(f"{path}: summary: model.{key}: expected a whole number")
+    entries = [entry for entry in entries if entry["name"] in QUANTITIES]
+    summary["arrays"] = entries  # of the same format, a newer program may have added some
     for entry in entries:
         _check_entry(path, entry, header, config, lengths)
-    arrays = _read_arrays(path, header, names)
+    arrays = _read_arrays(path, header, file, [entry["name"] for entry in entries])
     for name, array in arrays.items():
         _check_values(path, name, array, config)
     required = {name for name, quantity in QUANTITIES.items() if quantity.over is None}
@@ -276,9 +303,7 @@ def _check_entry(
     """One array's description, its tensor and the model's geometry must agree."""
     name = entry["name"]
     where = f"{path}: array {name[:200]!a}"
-    quantity = QUANTITIES.get(name)
-    if quantity is None:
-        raise DataError(f"{where}: unknown; format {FORMAT} has no such array")
+    quantity = QUANTITIES[name]
     expected = [lengths.get(axis, 0) for axis in quantity.axes]
     layers: Any = entry.get("layers")
     if quantity.over is not None:
@@ -300,17 +325,16 @@ def _check_entry(
         raise DataError(f"{where}: {info.dtype}; expected {_DTYPES[quantity.dtype][0]}")
 
 
-def _read_arrays(path: Path, header: Header, names: list[str]) -> dict[str, Array]:
+def _read_arrays(path: Path, header: Header, file: BinaryIO, names: list[str]) -> dict[str, Array]:
     arrays = {}
-    with open_regular(path, error=DataError) as file:
-        for name in names:
-            info = header.tensors[name]
-            file.seek(header.data_begin + info.begin)
-            content = file.read(info.num_bytes)
-            if len(content) < info.num_bytes:
-                raise DataError(f"{path}: array {name}: the file was cut while it was read")
-            dtype = _DTYPES[QUANTITIES[name].dtype][1]
-            arrays[name] = np.frombuffer(content, dtype).reshape(info.shape)
+    for name in names:
+        info = header.tensors[name]
+        file.seek(header.data_begin + info.begin)
+        content = file.read(info.num_bytes)
+        if len(content) < info.num_bytes:
+            raise DataError(f"{path}: array {name}: the file was cut while it was read")
+        dtype = _DTYPES[QUANTITIES[name].dtype][1]
+        arrays[name] = np.frombuffer(content, dtype).reshape(info.shape)
     return arrays
 
 

@@ -25,7 +25,7 @@ class Hook(NamedTuple):
 
     Attributes:
         name: canonical; ``blocks.{layer}.`` stands before it.
-        module: path within the block; "" is the block itself.
+        module: path within the block; "" is the block itself. A block without it has no such hook.
         side: what goes in, or what comes out.
         place: which of several tensors.
         meaning: what it is.
@@ -41,10 +41,21 @@ class Hook(NamedTuple):
 HOOKS = (
     Hook("before", "", "input", 0, "the stream before the layer [B, T, D]"),
     Hook("mixer.input", "mixer", "input", 0, "the stream, normalised [B, T, D]"),
+    Hook("mixer.query_latent", "mixer.q_norm", "output", 0, "MLA with query_rank: normalised"),
+    Hook("mixer.query_projected", "mixer.q_proj", "output", 0, "of all heads [B, T, H·K]"),
+    Hook("mixer.key_projected", "mixer.k_proj", "output", 0, "likewise the keys"),
+    Hook("mixer.value_projected", "mixer.v_proj", "output", 0, "likewise the values"),
+    Hook("mixer.decay_logits", "mixer.decay_up", "output", 0, "of all heads [B, T, HV·K]"),
+    Hook("mixer.beta_logits", "mixer.beta_proj", "output", 0, "of all heads [B, T, HV]"),
+    Hook("mixer.output_gate_logits", "mixer.output_gate_up", "output", 0, "[B, T, HV·V]"),
+    Hook("mixer.latent_projected", "mixer.latent_proj", "output", 0, "[B, T, L + P]"),
+    Hook("mixer.answers", "mixer.o_proj", "input", 0, "all heads' answers [B, T, HV·V or H·V]"),
     Hook("mixer.output", "mixer", "output", 0, "what the mixer adds [B, T, D]"),
     Hook("mixer.state", "mixer", "output", 1, "KdaState or MlaState after the last token"),
     Hook("between", "channel_norm", "input", 0, "the stream behind the mixer [B, T, D]"),
     Hook("channel.input", "channel", "input", 0, "that, normalised [B, T, D]"),
+    Hook("channel.routed", "channel.experts", "output", 0, "the weighted sum [B·T, D]"),
+    Hook("channel.shared", "channel.shared_expert", "output", 0, "its answer [B, T, D]"),
     Hook("channel.output", "channel", "output", 0, "what the channel adds [B, T, D]"),
     Hook("channel.routing", "channel", "output", 1, "Routing; None where the channel is dense"),
     Hook("after", "", "output", 0, "the stream after the layer [B, T, D]"),
@@ -74,17 +85,19 @@ def _watch(
     block: nn.Module, layer: int, on_layer: Callable[[int, Captured], None]
 ) -> Iterator[RemovableHandle]:
     seen: Captured = {}
+    modules = dict(block.named_modules())
     for hook in HOOKS:
-        module = block.get_submodule(hook.module)
+        module = modules.get(hook.module)
+        if module is None:
+            continue
         if hook.side == "input":
             yield module.register_forward_pre_hook(_look_before(hook, seen))
         else:
             yield module.register_forward_hook(_look_after(hook, seen))
 
     def done(module: nn.Module, inputs: object, output: object) -> None:
-        captured = dict(seen)
+        on_layer(layer, dict(seen))
         seen.clear()
-        on_layer(layer, captured)
 
     yield block.register_forward_hook(done)
 

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltamoe.explorer.format import Array
 from deltamoe.explorer.hooks import Captured
 from deltamoe.explorer.quantities import QUANTITIES
-from deltamoe.layers import Kda, KdaInputs, KdaState, Mla, Moe, Routing
+from deltamoe.layers import Kda, KdaInputs, Mla, Moe, Routing
 from deltamoe.model import HybridLM
 from deltamoe.ops.kda import kda_recurrent
+from deltamoe.ops.short_conv import short_conv
 
 __all__ = ["Check", "as_array", "measure_layer", "memories"]
 
@@ -83,13 +84,14 @@ def measure_layer(
             ("after", "after"),
         )
     }
-    tensors |= {name: captured[name][0] for name in ("mixer.output", "channel.output")}
+    for name in ("mixer.input", "mixer.output", "channel.input", "channel.output"):
+        tensors[name] = captured[name][0]
     tolerance = _TOLERANCE_FP32
     if _is_narrow(model):
         tolerance = _TOLERANCE_NARROW
     checks = []
     if isinstance(mixer, Kda):
-        found, difference = _measure_kda(mixer, captured["mixer.input"], captured["mixer.state"])
+        found, difference = _measure_kda(mixer, captured)
         checks.append(Check("memory", layer, difference, tolerance))
     else:
         assert isinstance(mixer, Mla)
@@ -98,8 +100,11 @@ def measure_layer(
     tensors |= found
     if isinstance(channel, Moe):
         found, more = _measure_moe(channel, captured, layer, tolerance)
-        tensors |= found
         checks += more
+    else:
+        found, difference = _measure_mlp(channel, captured)
+        checks.append(Check("mlp", layer, difference, tolerance))
+    tensors |= found
     return {name: as_array(name, tensor) for name, tensor in tensors.items()}, checks
 
 
@@ -121,20 +126,23 @@ def memories(inputs: KdaInputs) -> Iterator[Tensor]:
         yield memory[0]
 
 
-def _measure_kda(mixer: Kda, x: Tensor, state: KdaState) -> tuple[dict[str, Tensor], float]:
-    inputs, _ = mixer.inputs(x)
+def _measure_kda(mixer: Kda, captured: Captured) -> tuple[dict[str, Tensor], float]:
+    c, state = mixer.config, captured["mixer.state"]
+    inputs, _ = mixer.inputs(captured["mixer.input"])
     log_decay = inputs.log_decay[0].float().clamp(min=_LEAST_LOG_DECAY)  # [T, HV, K]
     mean = log_decay.mean(dim=-1)
     p10, p90 = torch.quantile(log_decay, torch.tensor([0.1, 0.9]).to(log_decay), dim=-1)
-    norms, changes, writes = [], [], []
+    query = inputs.q[0].float().repeat_interleave(c.value_heads // c.num_heads, dim=1)
+    norms, changes, writes, answers = [], [], [], []
     before = torch.zeros_like(state.memory[0], dtype=torch.float32)
-    for faded, memory in zip(log_decay.exp(), memories(inputs), strict=True):
+    for asked, faded, memory in zip(query, log_decay.exp(), memories(inputs), strict=True):
         norms.append(memory.norm(dim=(1, 2)))
         changes.append((memory - before).norm(dim=(1, 2)))
         writes.append((memory - faded[..., None] * before).norm(dim=(1, 2)))
+        answers.append(torch.einsum("hk,hkv->hv", asked, memory))
         before = memory
-    found = {} if mixer.config.output_gate == "none" else {"kda.output_gate": _opening(mixer, x)}
-    found |= {
+    found = {
+        **_between(mixer, captured),
         "kda.query": inputs.q[0],
         "kda.key": inputs.k[0],
         "kda.value": inputs.v[0],
@@ -142,8 +150,11 @@ def _measure_kda(mixer: Kda, x: Tensor, state: KdaState) -> tuple[dict[str, Tens
         "kda.decay_mean": mean,
         "kda.decay_p10": p10,
         "kda.decay_p90": p90,
-        "kda.half_life": (math.log(2) / -mean).clamp(max=_LONGEST_HALF_LIFE),
+        "kda.half_life": torch.where(mean < 0, math.log(2) / -mean, _LONGEST_HALF_LIFE).clamp(
+            max=_LONGEST_HALF_LIFE
+        ),
         "kda.beta": inputs.beta[0],
+        "kda.answer_normed": mixer.output_norm(torch.stack(answers)),
         "kda.memory_norm": torch.stack(norms),
         "kda.change_norm": torch.stack(changes),
         "kda.write_norm": torch.stack(writes),
@@ -153,12 +164,40 @@ def _measure_kda(mixer: Kda, x: Tensor, state: KdaState) -> tuple[dict[str, Tens
     return found, _difference(before, state.memory[0])
 
 
-def _opening(mixer: Kda, x: Tensor) -> Tensor:
-    """How far the output gate opens each channel: [T, HV, V]."""
-    logits = mixer.output_gate_logits(x)[0].float()
-    is_sigmoid = mixer.config.output_gate == "sigmoid"
-    opening: Tensor = logits.sigmoid() if is_sigmoid else F.silu(logits)
-    return opening
+def _between(mixer: Kda, captured: Captured) -> dict[str, Tensor]:
+    """What stands between the stream and the memory's inputs, and the output gate."""
+    c = mixer.config
+    keys, values, wide = (
+        (c.num_heads, c.key_dim),
+        (c.value_heads, c.value_dim),
+        (c.value_heads, c.key_dim),
+    )
+    shapes = {
+        "query_projected": keys,
+        "key_projected": keys,
+        "value_projected": values,
+        "decay_logits": wide,
+        "beta_logits": (c.value_heads,),
+        "output_gate_logits": values,
+    }
+    found = {
+        f"kda.{name}": captured[f"mixer.{name}"][0].unflatten(-1, shape)
+        for name, shape in shapes.items()
+        if f"mixer.{name}" in captured
+    }
+    for part in ("query", "key"):
+        flat = captured[f"mixer.{part}_projected"]
+        if c.conv_size:
+            taps = mixer.q_conv if part == "query" else mixer.k_conv
+            flat, _ = short_conv(flat, taps.weight)
+        else:
+            flat = F.silu(flat)
+        found[f"kda.{part}_convolved"] = flat[0].unflatten(-1, keys)
+    if c.output_gate != "none":
+        logits = found["kda.output_gate_logits"].float()
+        is_sigmoid = c.output_gate == "sigmoid"
+        found["kda.output_gate"] = logits.sigmoid() if is_sigmoid else F.silu(logits)
+    return found
 
 
 def _measure_mla(mixer: Mla, captured: Captured) -> tuple[dict[str, Tensor], float]:
@@ -176,9 +215,14 @@ def _measure_mla(mixer: Mla, captured: Captured) -> tuple[dict[str, Tensor], flo
     found = {
         "mla.query": query,
         "mla.key": key,
+        "mla.value": value,
+        "mla.answer": captured["mixer.answers"][0].view_as(value),
+        "mla.latent_projected": captured["mixer.latent_projected"][0, :, : latent.shape[-1]],
         "mla.latent": latent,
         "mla.latent_norm": latent.norm(dim=-1),
     }
+    if "mixer.query_latent" in captured:
+        found["mla.query_latent"] = captured["mixer.query_latent"][0]
     return found, _difference(answer, captured["mixer.output"][0])
 
 
@@ -187,6 +231,14 @@ def _attention(query: Tensor, key: Tensor) -> Tensor:
     hidden = torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1)
     weights: Tensor = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
     return weights
+
+
+def _measure_mlp(mlp: nn.Module, captured: Captured) -> tuple[dict[str, Tensor], float]:
+    x = captured["channel.input"]
+    gate, up = (mlp.get_submodule(name)(x) for name in ("w_gate", "w_up"))
+    answer = mlp.get_submodule("w_down")(F.silu(gate) * up)
+    found = {"mlp.gate": gate[0], "mlp.up": up[0]}
+    return found, _difference(answer, captured["channel.output"])
 
 
 def _measure_moe(
@@ -198,13 +250,14 @@ def _measure_moe(
         [_answers_of_choice(moe, x, routing, choice) for choice in range(_num_choices(routing))], 1
     )  # [T, A, D]
     total = (answers * routing.expert_weights.float()[..., None]).sum(dim=1)
-    shared = torch.zeros_like(total)
-    if moe.shared_expert is not None:
-        shared = moe.shared_expert(x[None])[0].float()
+    has_shared = "channel.shared" in captured
+    shared = captured["channel.shared"][0].float() if has_shared else torch.zeros_like(total)
     bias = getattr(moe.router, "balance_bias", torch.zeros_like(routing.scores[0]))
     scores = routing.scores.float()
     shares = scores / scores.sum(dim=-1, keepdim=True)
-    found = {
+    found = {"experts.shared": shared} if has_shared else {}
+    found |= {
+        "router.logits": routing.logits,
         "router.scores": scores,
         "router.ranks": _ranks(moe, routing),
         "router.balance_bias": bias,
@@ -212,6 +265,8 @@ def _measure_moe(
         "router.expert_ids": routing.expert_ids,
         "router.expert_weights": routing.expert_weights,
         "experts.counts": routing.counts,
+        "experts.answers": answers,
+        "experts.routed": captured["channel.routed"],
         "experts.norms": answers.norm(dim=-1),
         "experts.shared_norm": shared.norm(dim=-1),
     }

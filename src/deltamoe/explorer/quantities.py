@@ -14,6 +14,8 @@ __all__ = [
     "NUM_CANDIDATES",
     "NUM_LENS_CANDIDATES",
     "QUANTITIES",
+    "Keep",
+    "Over",
     "Quantity",
     "layers_of",
     "sizes",
@@ -23,7 +25,8 @@ MOST_TOKENS = 2048
 NUM_CANDIDATES = 20
 NUM_LENS_CANDIDATES = 5
 
-Over = Literal["all", "kda", "mla", "moe"]
+Over = Literal["all", "kda", "mla", "mlp", "moe"]
+Keep = Literal["always", "bulky", "inner"]
 
 
 class Quantity(NamedTuple):
@@ -32,12 +35,14 @@ class Quantity(NamedTuple):
     Attributes:
         name: of the array.
         over: the layers its first axis counts; None for an array without a layer axis.
-        axes: the axes behind it, by name; see ``_sizes``.
+        axes: the axes behind it, by name; see ``sizes``.
         dtype: "f32", "i32" or "u16".
         unit: what a value counts.
         least, most: the range it cannot leave; None is unbounded.
         meaning: in one sentence.
-        is_bulky: may be left out of some layers to stay within a budget.
+        keep: "always"; or, to stay within a budget, not for every layer: "bulky" (what memories,
+            attention and scores follow from) goes last, "inner" (what only a box of a diagram
+            shows) first.
     """
 
     name: str
@@ -48,7 +53,7 @@ class Quantity(NamedTuple):
     least: float | None
     most: float | None
     meaning: str
-    is_bulky: bool = False
+    keep: Keep = "always"
 
 
 _T, _H, _HV = "token", "head", "value_head"
@@ -105,25 +110,50 @@ QUANTITIES: Mapping[str, Quantity] = {
             "of the stream after the layer",
         ),
         Quantity(
+            "mixer.input", "all", (_T, "width"), "f32", "", None, None,
+            "the stream, normalised, as the mixer reads it",
+            keep="inner",
+        ),
+        Quantity(
             "mixer.output", "all", (_T, "width"), "f32", "", None, None,
             "what the mixer adds to the stream",
-            is_bulky=True,
+            keep="bulky",
+        ),
+        Quantity(
+            "channel.input", "all", (_T, "width"), "f32", "", None, None,
+            "the stream, normalised, as the channel reads it",
+            keep="inner",
         ),
         Quantity(
             "channel.output", "all", (_T, "width"), "f32", "", None, None,
             "what the channel adds to the stream",
-            is_bulky=True,
+            keep="bulky",
+        ),
+        Quantity(
+            "mlp.gate", "mlp", (_T, "mlp_channel"), "f32", "", None, None,
+            "w_gate x, before its SiLU",
+            keep="inner",
+        ),
+        Quantity(
+            "mlp.up", "mlp", (_T, "mlp_channel"), "f32", "", None, None,
+            "w_up x, which the gate is multiplied by",
+            keep="inner",
+        ),
+        Quantity(
+            "router.logits", "moe", (_T, "expert"), "f32", "", None, None,
+            "of every expert, what its score is made of",
+            keep="inner",
         ),
         Quantity(
             "router.scores", "moe", (_T, "expert"), "f32", "score", 0, 1,
             "sigmoid (each expert alone) or softmax (they sum to 1) of the router's logits",
-            is_bulky=True,
+            keep="bulky",
         ),
         Quantity(
             "router.ranks", "moe", (_T, "expert"), "u16", "rank", 0, 65_535,
             "place in the order of choice, after the balance bias, 0 first; 65535: its group was "
             "closed",
-            is_bulky=True,
+            keep="bulky",
         ),
         Quantity(
             "router.balance_bias", "moe", ("expert",), "f32", "score", None, None,
@@ -150,33 +180,92 @@ QUANTITIES: Mapping[str, Quantity] = {
             "of each chosen expert's answer, before its weight",
         ),
         Quantity(
+            "experts.answers", "moe", (_T, "choice", "width"), "f32", "", None, None,
+            "each chosen expert's answer, before its weight",
+            keep="inner",
+        ),
+        Quantity(
+            "experts.routed", "moe", (_T, "width"), "f32", "", None, None,
+            "the chosen experts' answers, weighed and summed",
+            keep="inner",
+        ),
+        Quantity(
+            "experts.shared", "moe", (_T, "width"), "f32", "", None, None,
+            "the shared expert's answer; absent if the model has none",
+            keep="inner",
+        ),
+        Quantity(
             "experts.shared_norm", "moe", (_T,), "f32", "L2 norm", 0, None,
             "of the shared expert's answer; zeros if the model has none",
         ),
         Quantity(
+            "kda.query_projected", "kda", (_T, _H, "key_channel"), "f32", "", None, None,
+            "q_proj of the stream, before the convolution",
+            keep="inner",
+        ),
+        Quantity(
+            "kda.key_projected", "kda", (_T, _H, "key_channel"), "f32", "", None, None,
+            "k_proj of the stream, before the convolution",
+            keep="inner",
+        ),
+        Quantity(
+            "kda.value_projected", "kda", (_T, _HV, "value_channel"), "f32", "", None, None,
+            "v_proj of the stream, before the convolution",
+            keep="inner",
+        ),
+        Quantity(
+            "kda.query_convolved", "kda", (_T, _H, "key_channel"), "f32", "", None, None,
+            "behind the convolution, if there is one, and SiLU; the query before its length is set",
+            keep="inner",
+        ),
+        Quantity(
+            "kda.key_convolved", "kda", (_T, _H, "key_channel"), "f32", "", None, None,
+            "likewise the key; the value is done here",
+            keep="inner",
+        ),
+        Quantity(
+            "kda.decay_logits", "kda", (_T, _HV, "key_channel"), "f32", "", None, None,
+            "what log_decay is made of",
+            keep="inner",
+        ),
+        Quantity(
+            "kda.beta_logits", "kda", (_T, _HV), "f32", "", None, None,
+            "what beta is made of",
+        ),
+        Quantity(
+            "kda.output_gate_logits", "kda", (_T, _HV, "value_channel"), "f32", "", None, None,
+            "what output_gate is made of",
+            keep="inner",
+        ),
+        Quantity(
+            "kda.answer_normed", "kda", (_T, _HV, "value_channel"), "f32", "", None, None,
+            "the memory's answer to the query, normalised, before the output gate",
+            keep="inner",
+        ),
+        Quantity(
             "kda.query", "kda", (_T, _H, "key_channel"), "f32", "", -1, 1,
             "asks the memory; of length K^-1/2",
-            is_bulky=True,
+            keep="bulky",
         ),
         Quantity(
             "kda.key", "kda", (_T, _H, "key_channel"), "f32", "", -1, 1,
             "where a token writes; of length 1",
-            is_bulky=True,
+            keep="bulky",
         ),
         Quantity(
             "kda.value", "kda", (_T, _HV, "value_channel"), "f32", "", None, None,
             "what a token writes",
-            is_bulky=True,
+            keep="bulky",
         ),
         Quantity(
             "kda.log_decay", "kda", (_T, _HV, "key_channel"), "f32", "nats a token", None, 0,
             "ln of what each key channel retains at this token",
-            is_bulky=True,
+            keep="bulky",
         ),
         Quantity(
             "kda.output_gate", "kda", (_T, _HV, "value_channel"), "f32", "factor", None, None,
             "what each channel of the head's normalised answer is multiplied by",
-            is_bulky=True,
+            keep="bulky",
         ),
         Quantity(
             "kda.decay_mean", "kda", (_T, _HV), "f32", "nats a token", None, 0,
@@ -220,19 +309,39 @@ QUANTITIES: Mapping[str, Quantity] = {
             "values",
         ),
         Quantity(
+            "mla.query_latent", "mla", (_T, "query_latent_channel"), "f32", "", None, None,
+            "the query's bottleneck, normalised; absent if the model has none",
+            keep="inner",
+        ),
+        Quantity(
             "mla.query", "mla", (_T, "mla_head", "mla_channel"), "f32", "", None, None,
             "unscaled; the part from the latent first, then the shared channels",
-            is_bulky=True,
+            keep="bulky",
         ),
         Quantity(
             "mla.key", "mla", (_T, "mla_head", "mla_channel"), "f32", "", None, None,
             "likewise; the shared channels are repeated for every head",
-            is_bulky=True,
+            keep="bulky",
+        ),
+        Quantity(
+            "mla.value", "mla", (_T, "mla_head", "mla_value_channel"), "f32", "", None, None,
+            "what each head brings out of the latent",
+            keep="inner",
+        ),
+        Quantity(
+            "mla.answer", "mla", (_T, "mla_head", "mla_value_channel"), "f32", "", None, None,
+            "each head's mean of the values, by its attention",
+            keep="inner",
+        ),
+        Quantity(
+            "mla.latent_projected", "mla", (_T, "latent_channel"), "f32", "", None, None,
+            "the latent before its norm",
+            keep="inner",
         ),
         Quantity(
             "mla.latent", "mla", (_T, "latent_channel"), "f32", "", None, None,
             "what this token leaves in the cache, normalised",
-            is_bulky=True,
+            keep="bulky",
         ),
         Quantity(
             "mla.latent_norm", "mla", (_T,), "f32", "L2 norm", 0, None,
@@ -247,8 +356,8 @@ def layers_of(config: ModelConfig, over: Over) -> tuple[int, ...]:
     layers = range(config.num_layers)
     if over == "all":
         return tuple(layers)
-    if over == "moe":
-        return tuple(layer for layer in layers if config.channel(layer) == "moe")
+    if over in ("mlp", "moe"):
+        return tuple(layer for layer in layers if config.channel(layer) == over)
     return tuple(layer for layer in layers if config.mixer(layer) == over)
 
 
@@ -257,6 +366,7 @@ def sizes(config: ModelConfig, num_tokens: int) -> dict[str, int]:
     found = {
         "token": num_tokens,
         "width": config.dim,
+        "mlp_channel": config.mlp_dim,
         "candidate": min(NUM_CANDIDATES, config.vocab_size),
         "lens_candidate": min(NUM_LENS_CANDIDATES, config.vocab_size),
     }
@@ -273,6 +383,8 @@ def sizes(config: ModelConfig, num_tokens: int) -> dict[str, int]:
         found |= {
             "mla_head": mla.num_heads,
             "mla_channel": mla.query_dim,
+            "mla_value_channel": mla.value_dim,
+            "query_latent_channel": mla.query_rank or 0,
             "latent_channel": mla.latent_dim,
         }
     if (moe := config.moe) is not None:

@@ -4,16 +4,18 @@ Layer by layer, so that only one layer's tensors are held at a time. Knows nothi
 came about.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from deltamoe.config.model import ModelConfig
 from deltamoe.errors import ConfigError
-from deltamoe.explorer.format import Array, describe
+from deltamoe.explorer.format import MOST_BYTES, Array, describe
 from deltamoe.explorer.hooks import Captured, watching
 from deltamoe.explorer.measure import Check, as_array, measure_layer
 from deltamoe.explorer.meters import sequence_bytes
@@ -22,6 +24,10 @@ from deltamoe.explorer.quantities import (
     NUM_CANDIDATES,
     NUM_LENS_CANDIDATES,
     QUANTITIES,
+    Keep,
+    Over,
+    layers_of,
+    sizes,
 )
 from deltamoe.inference.text_state import evaluating
 from deltamoe.model import HybridLM
@@ -32,6 +38,7 @@ __all__ = ["Capture", "Event", "Reading"]
 Event = dict[str, Any]
 """What happens while a run is recorded: ``event`` ("start", "token", "layer_summary") and more."""
 
+_MOST_ASKED = MOST_BYTES - (16 << 20)  # of layers that were asked for; the rest is the summary's
 _SLICE = 256  # tokens whose logits over the whole vocabulary are held at once
 
 
@@ -40,11 +47,12 @@ class Capture:
     """What is recorded.
 
     Attributes:
-        layers: whose bulky arrays are kept (docs/explorer.md says which are); None keeps those of
-            as many layers as ``most_bytes`` allows, from the first on.
+        layers: whose bulky and inner arrays are kept (docs/explorer.md says which those are); None
+            keeps the bulky ones of as many layers as ``most_bytes`` allows, from the first on, and
+            the inner ones of as many as are left room for.
         has_lens: ask the head after every layer what it would answer.
         most_tokens: longest text, 1 to 2,048 tokens.
-        most_bytes: of all arrays, about.
+        most_bytes: of all arrays, about; where layers are named, a file's 256 MiB count.
     """
 
     layers: tuple[int, ...] | None = None
@@ -88,8 +96,7 @@ class Reading:
         self._unused = torch.tensor(tokenizer.unused_ids, dtype=torch.int64)
         self._by_layer: dict[str, dict[int, Array]] = {}
         self._whole: dict[str, Array] = {}
-        self._left_out: dict[int, list[str]] = {}
-        self._nbytes = 0
+        self._left_out: list[dict[str, Any]] = []
         self.layer_summaries: list[dict[str, Any]] = []
         self.checks: list[Check] = []
         self.bytes: dict[str, Any] = {}
@@ -97,6 +104,7 @@ class Reading:
     def read(self, ids: Sequence[int]) -> None:
         """Read the text, watched, and measure everything."""
         model = self._model
+        self._left_out = _too_much(model.config, len(ids), self._capture)
         device = model.embedding.weight.device
         row = torch.tensor([list(ids)], device=device)
         with evaluating(model):
@@ -121,21 +129,7 @@ class Reading:
                 layers = tuple(sorted(self._by_layer[name]))
                 arrays[name] = np.stack([self._by_layer[name][layer] for layer in layers])
                 entries.append(describe(name, arrays[name], layers))
-        return arrays, entries, self._reasons()
-
-    def _reasons(self) -> list[dict[str, Any]]:
-        if not self._left_out:
-            return []
-        layers = sorted(self._left_out)
-        names = sorted({name for left in self._left_out.values() for name in left})
-        if self._capture.layers is not None:
-            reason = "Only the layers that were asked for are recorded in full."
-        else:
-            reason = (
-                f"All layers together would exceed {self._capture.most_bytes:,} bytes: record "
-                "again and name the layers you want."
-            )
-        return [{"arrays": names, "layers": layers, "reason": reason}]
+        return arrays, entries, self._left_out
 
     def _layer_is_done(self, layer: int, captured: Captured) -> None:
         arrays, checks = measure_layer(self._model, layer, captured)
@@ -143,22 +137,14 @@ class Reading:
             ids, probabilities = self._lens(captured["after"][0])
             arrays |= {"lens.ids": ids, "lens.probabilities": probabilities}
         self.checks += checks
-        for name in self._bulky_to_leave_out(layer, arrays):
-            del arrays[name]
-            self._left_out.setdefault(layer, []).append(name)
+        for left in self._left_out:
+            if layer in left["layers"]:
+                arrays = {name: a for name, a in arrays.items() if name not in left["arrays"]}
         for name, array in arrays.items():
             self._by_layer.setdefault(name, {})[layer] = array
-            self._nbytes += array.nbytes
         summary = _summarize(self._model, layer, arrays)
         self.layer_summaries.append(summary)
         self._tell({"event": "layer_summary", **summary})
-
-    def _bulky_to_leave_out(self, layer: int, arrays: dict[str, Array]) -> list[str]:
-        bulky = [name for name in arrays if QUANTITIES[name].is_bulky]
-        if self._capture.layers is not None:
-            return [] if layer in self._capture.layers else bulky
-        total = self._nbytes + sum(array.nbytes for array in arrays.values())
-        return bulky if total > self._capture.most_bytes else []
 
     def _lens(self, x: Tensor) -> tuple[Array, Array]:
         ids, probabilities = [], []
@@ -202,6 +188,53 @@ class Reading:
         least = torch.finfo(logits.dtype).min
         logits[:, self._vocab_size :] = least
         return logits.index_fill(1, self._unused.to(logits.device), least).log_softmax(dim=-1)
+
+
+def _too_much(config: ModelConfig, num_tokens: int, capture: Capture) -> list[dict[str, Any]]:
+    """What is not kept of which layers, and why, from the sizes of the model and the text."""
+    lengths = sizes(config, num_tokens)
+    members = {over: set(layers_of(config, over)) for over in get_args(Over)}
+    every = range(config.num_layers)
+    asked = every if capture.layers is None else sorted(set(capture.layers))
+    most = capture.most_bytes if capture.layers is None else _MOST_ASKED
+
+    def cost(keep: Keep, layer: int) -> int:
+        return sum(
+            4 * math.prod(lengths[axis] for axis in quantity.axes)
+            for quantity in QUANTITIES.values()
+            if quantity.keep == keep and quantity.over and layer in members[quantity.over]
+        )
+
+    left_out: list[dict[str, Any]] = []
+
+    def leave(keep: Keep, layers: list[int], reason: str) -> None:
+        names = [
+            quantity.name
+            for quantity in QUANTITIES.values()
+            if quantity.keep == keep and quantity.over and members[quantity.over] & set(layers)
+        ]
+        for entry in left_out:
+            if (entry["layers"], entry["reason"]) == (layers, reason):
+                entry["arrays"] += names
+                return
+        if layers:
+            left_out.append({"arrays": names, "layers": layers, "reason": reason})
+
+    total = sum(cost("always", layer) for layer in every)
+    classes: tuple[Keep, ...] = ("bulky", "inner")
+    for keep in classes:
+        kept = 0
+        while kept < len(asked) and total + cost(keep, asked[kept]) <= most:
+            total += cost(keep, asked[kept])
+            kept += 1
+        unasked = [layer for layer in every if layer not in asked]
+        leave(keep, unasked, "Only the layers that were asked for are recorded in full.")
+        too_much = (
+            f"More would exceed {most:,} bytes: record again and name the layers you want, or "
+            "a shorter text."
+        )
+        leave(keep, list(asked[kept:]), too_much)
+    return left_out
 
 
 def _summarize(model: HybridLM, layer: int, arrays: dict[str, Array]) -> dict[str, Any]:

@@ -1,26 +1,34 @@
 """Training runs as the page reads them: from a run folder's own files, while training goes on.
 
-``metrics.jsonl`` is append-only and its last line may be torn; what is not a whole line yet is left
-for the next time. Knows nothing of models. No torch.
+``metrics.jsonl`` is read from where it was left, and its last line may be torn: what is not a whole
+line yet waits for the next time. A run that is resumed rewrites the file up to its checkpoint;
+``_Cursor`` notices. Knows nothing of models. No torch.
 """
 
+import fcntl
 import json
 import math
+import os
+import re
+import socket
 import time
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from deltamoe.checkpoint.lock import LOCK
 from deltamoe.checkpoint.run_folder import load_run_config
 from deltamoe.config.parse import to_dict
 from deltamoe.config.strict_json import open_regular
 from deltamoe.errors import ConfigError, DataError, DeltamoeError
 
-__all__ = ["METRICS", "list_runs", "read_run", "runs_folder"]
+__all__ = ["METRICS", "is_running", "list_runs", "read_run", "runs_folder"]
 
 METRICS = "metrics.jsonl"
-_MOST_BYTES = 256 << 20
+_MOST_BYTES = 64 << 20  # of one answer; what is left comes with the next
 _TAIL_BYTES = 1 << 18
+_MARK_BYTES = 4096
 _FRESH_S = 60.0
 _EVENTS = {"validation_bits_per_byte": "validation", "sample": "sample"}
 
@@ -41,59 +49,137 @@ def list_runs(folder: Path, opened: Path | None = None) -> list[dict[str, Any]]:
         metrics = run / METRICS
         if run.name.startswith(".") or not metrics.is_file():
             continue
+        step, config = _last_step(metrics), _config(run)
         found.append(
             {
                 "name": run.name,
-                "step": _last_step(metrics),
-                "steps": _planned(run),
+                "step": step,
+                "steps": config and config["train"]["steps"],
                 "modified": metrics.stat().st_mtime,
+                "is_running": is_running(run, step, config),
                 "is_open": opened is not None and run.resolve() in (opened, *opened.parents),
             }
         )
     return sorted(found, key=lambda run: -run["modified"])
 
 
-def read_run(folder: Path, name: str, *, after: int = 0, points: int = 2_000) -> dict[str, Any]:
-    """The records of one run after a step, thinned to about ``points``.
+def read_run(
+    folder: Path, name: str, *, cursor: str | None = None, points: int = 2_000
+) -> dict[str, Any]:
+    """What a run wrote since an earlier answer, thinned to about ``points`` records.
+
+    Args:
+        folder: of all runs.
+        name: of one.
+        cursor: ``next`` of that answer; None is the beginning.
+        points: 10 to 10,000.
 
     Raises:
         DataError: no such run, or its metrics cannot be read.
-        ConfigError: ``after`` or ``points`` out of range.
+        ConfigError: ``cursor`` or ``points`` are none.
     """
     if not 10 <= points <= 10_000:
         raise ConfigError(f"points = {points}: expected 10 to 10,000")
-    if after < 0:
-        raise ConfigError(f"after = {after}: expected a step >= 0")
+    begin = None if cursor is None else _Cursor.parse(cursor)
     names = [run.name for run in folder.iterdir() if (run / METRICS).is_file()]
     if name not in names:  # a name is compared and never used as a path
         raise DataError(
             f"no run {name[:80]!r}; there are {', '.join(sorted(names)[:20]) or 'none'}"
         )
     run = folder / name
-    records = [record for record in _records(run / METRICS) if record["step"] > after]
-    config = _config(run)
-    age = time.time() - (run / METRICS).stat().st_mtime
+    with open_regular(run / METRICS, error=DataError) as file:
+        is_anew = begin is None or not begin.holds(file)
+        start = 0 if is_anew or begin is None else begin.offset
+        file.seek(start)
+        content = file.read(_MOST_BYTES)
+        whole = content[: content.rfind(b"\n") + 1]
+        after = _Cursor.at(file, start + len(whole))
+    records, config, last = _records(whole), _config(run), _last_step(run / METRICS)
     return {
         "name": name,
         "config": config,
         "records": _thinned(records, points),
-        "events": _events(run, config, records, after),
-        "next": records[-1]["step"] if records else after,
+        "events": _events(run, config, records, last),
+        "next": str(after),
+        "is_anew": is_anew,
+        "has_more": len(content) == _MOST_BYTES,
         "num_records": len(records),
-        "is_running": age < _FRESH_S,
+        "is_running": is_running(run, last, config),
     }
 
 
-def _records(metrics: Path) -> list[dict[str, Any]]:
-    with open_regular(metrics, error=DataError) as file:
-        content = file.read(_MOST_BYTES)
-    return _whole_lines(content)
+class _Cursor(NamedTuple):
+    """A place in a file that grows: how far it was read, and a sum of the bytes before that."""
+
+    offset: int
+    mark: int
+
+    def __str__(self) -> str:
+        return f"{self.offset}-{self.mark:08x}"
+
+    @classmethod
+    def parse(cls, text: str) -> "_Cursor":
+        if not (found := re.fullmatch(r"(\d{1,15})-([0-9a-f]{8})", text, re.ASCII)):
+            raise ConfigError(f"from = {text[:40]!a}: expected `next` of an earlier answer")
+        return cls(int(found[1]), int(found[2], 16))
+
+    @classmethod
+    def at(cls, file: BinaryIO, offset: int) -> "_Cursor":
+        begin = max(0, offset - _MARK_BYTES)
+        file.seek(begin)
+        return cls(offset, zlib.crc32(file.read(offset - begin)))
+
+    def holds(self, file: BinaryIO) -> bool:
+        """Whether what was read up to here is still what stands there."""
+        return self == self.at(file, self.offset) and self.offset <= file.seek(0, 2)
 
 
-def _whole_lines(content: bytes) -> list[dict[str, Any]]:
-    """The records of all whole lines; a line that is none is left out."""
+def is_running(run: Path, last_step: int | None, config: dict[str, Any] | None) -> bool:
+    """Whether somebody trains in a run folder.
+
+    On this machine the kernel knows: the trainer holds the folder's lock. Of a run that another
+    machine writes (or that was copied here) only the file is known: it grew within the last
+    minute, and not up to its last step.
+    """
+    if (is_held := _is_locked(run / LOCK)) is not None:
+        return is_held
+    is_done = config is not None and last_step is not None and last_step >= config["train"]["steps"]
+    return not is_done and time.time() - (run / METRICS).stat().st_mtime < _FRESH_S
+
+
+def _is_locked(lock: Path) -> bool | None:
+    """Whether a process of this machine holds a lock; None where nobody here ever did."""
+    try:
+        with open_regular(lock, error=DataError) as file:
+            owner = json.loads(file.read(1000))
+            if owner["host"] != socket.gethostname():
+                return None
+            # asked first, so that a lock that is free is not even tried, and nobody is refused
+            if not _is_alive(int(owner["pid"])):
+                return False
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+            return False
+    except (DataError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _records(lines: bytes) -> list[dict[str, Any]]:
+    """The records of whole lines; a line that is none is left out."""
     records = []
-    for line in content[: content.rfind(b"\n") + 1].splitlines():
+    for line in lines.split(b"\n"):
         try:
             record = json.loads(line, parse_constant=lambda name: None)
         except (ValueError, RecursionError):
@@ -107,7 +193,8 @@ def _last_step(metrics: Path) -> int | None:
     with open_regular(metrics, error=DataError) as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL_BYTES))
-        records = _whole_lines(file.read())
+        tail = file.read()
+    records = _records(tail[: tail.rfind(b"\n") + 1])
     return records[-1]["step"] if records else None
 
 
@@ -116,11 +203,6 @@ def _config(run: Path) -> dict[str, Any] | None:
         return to_dict(load_run_config(run))
     except DeltamoeError:
         return None
-
-
-def _planned(run: Path) -> int | None:
-    config = _config(run)
-    return None if config is None else config["train"]["steps"]
 
 
 def _thinned(records: list[dict[str, Any]], points: int) -> list[dict[str, Any]]:
@@ -149,9 +231,9 @@ class _Event(NamedTuple):
 
 
 def _events(
-    run: Path, config: dict[str, Any] | None, records: list[dict[str, Any]], after: int
+    run: Path, config: dict[str, Any] | None, records: list[dict[str, Any]], last: int | None
 ) -> list[dict[str, Any]]:
-    """What happened behind a step, as the folder's own files tell it."""
+    """What these records tell, and what the folder's other files do, by step."""
     found = []
     for record in records:
         for key, kind in _EVENTS.items():
@@ -159,17 +241,14 @@ def _events(
                 value = record[key]
                 text = f"{value:.3f} bits/byte" if isinstance(value, float) else str(value)
                 found.append(_Event(record["step"], kind, text))
-    newest = records[-1]["step"] if records else after
     for step in _numbers(run.glob("checkpoints/step-*"), "step-"):
-        if after < step <= newest:
-            found.append(_Event(step, "checkpoint", f"step-{step}"))
-            if config is not None and _is_odd(step, config):
-                found.append(_Event(step, "stop", "training was stopped here"))
-                if newest > step:
-                    found.append(_Event(step + 1, "resume", "training went on"))
+        found.append(_Event(step, "checkpoint", f"step-{step}"))
+        if config is not None and _is_odd(step, config):
+            found.append(_Event(step, "stop", "training was stopped here"))
+            if last is not None and last > step:
+                found.append(_Event(step + 1, "resume", "training went on"))
     for step in _numbers(run.glob("nonfinite-step-*.json"), "nonfinite-step-"):
-        if step > after:
-            found.append(_Event(step, "nan", "training met a number that is not finite"))
+        found.append(_Event(step, "nan", "training met a number that is not finite"))
     return [event._asdict() for event in sorted(found)]
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from deltamoe.errors import DataError
-from deltamoe.explorer.derive import DERIVED, attention
+from deltamoe.explorer.derive import DERIVED, attention, check_finite
 from deltamoe.explorer.format import Array, Trace
 from deltamoe.explorer.quantities import QUANTITIES, layers_of
 
@@ -52,7 +52,11 @@ def answer(
         token %= trace.num_tokens
     layers = None
     if name in DERIVED or name == "attention":
-        array, axes, unit, bounds = _derived(trace, name, layer, head, token)
+        with np.errstate(
+            all="ignore"
+        ):  # of a hostile file's numbers; what comes of them is refused
+            array, axes, unit, bounds = _derived(trace, name, layer, head, token)
+        check_finite(array, name)
     else:
         array = trace.array(name, layer)
         quantity = QUANTITIES[name]
@@ -134,8 +138,9 @@ def _derived(
     if token is None:
         raise DataError(f"{name}: name a token")
     derive, axes, unit = DERIVED[name]
-    array = derive(trace, layer, token).astype(np.float32)
-    array, axes = _pick(name, array, axes, ("value_head",), head)
+    array = derive(trace, layer, token, head).astype(np.float32)
+    if head is not None:
+        array, axes = _pick(name, array, axes, ("value_head",), 0)
     bounds: list[float | None] = [0.0, 1.0] if name == "retention" else [None, None]
     return array, axes, unit, bounds
 

@@ -18,6 +18,7 @@ import pytest
 
 from deltamoe.checkpoint import write_checkpoint, write_run_config, write_tensors
 from deltamoe.config import DataConfig, RunConfig, to_json
+from deltamoe.model import HybridLM
 from deltamoe.testing import tiny_model
 from deltamoe.tokenizer import ByteTokenizer
 
@@ -28,13 +29,10 @@ FLAGS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run as training leaves it: a model of four layers, its metrics and one checkpoint."""
-    folder = tmp_path_factory.mktemp("runs")
+def write_run_folder(folder: Path, model: HybridLM) -> Path:
+    """A run as training leaves it: its metrics and one checkpoint, of a model as it is."""
     text = folder / "text.txt"
     text.write_text("Once upon a time. " * 200)
-    model = tiny_model()
     data = DataConfig(path=str(text), context=32, cache=str(folder / "cache"))
     config = RunConfig(model=model.config, data=data)
     run = folder / "tiny"
@@ -52,6 +50,12 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     write_checkpoint(run, STEP, files, expected_bytes=1 << 20)
     return run
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run of four layers."""
+    return write_run_folder(tmp_path_factory.mktemp("runs"), tiny_model())
 
 
 def metrics_line(step: int, **more: Any) -> str:

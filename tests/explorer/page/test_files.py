@@ -1,5 +1,6 @@
 """Trace files: opened without a model, exported, broken, hostile."""
 
+import base64
 import json
 import struct
 from collections.abc import Callable
@@ -78,21 +79,85 @@ def test_a_file_opened_by_hand(page: Any, server: Server, trace_file: Path) -> N
     show(page, "memory")
 
 
-def test_pictures(page: Any, server: Server) -> None:
+PICTURED = [
+    *("sparse", "experts", "load", "decay", "memory", "attention"),
+    *("state", "next", "ablate", "chat", "runs"),
+]
+
+
+def drawn_share(page: Any, picture: bytes, kind: str) -> float:
+    """How much of a picture is not its ground; the browser opens it as any reader would."""
+    found: float = page.evaluate(
+        """async (url) => {
+            const image = new Image();
+            image.src = url;
+            await image.decode();
+            const canvas = document.createElement("canvas");
+            [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+            const pen = canvas.getContext("2d");
+            pen.drawImage(image, 0, 0);
+            const {data} = pen.getImageData(0, 0, canvas.width, canvas.height);
+            const points = new Uint32Array(data.buffer);
+            return points.filter((point) => point !== points[0]).length / points.length;
+        }""",
+        f"data:{kind};base64,{base64.b64encode(picture).decode()}",
+    )
+    return found
+
+
+def saved(page: Any, place: Any, kind: str) -> bytes:
+    with page.expect_download() as download:
+        place.get_by_text(kind, exact=True).click()
+    return Path(download.value.path()).read_bytes()
+
+
+def check_pictures(page: Any, place: Any, *words: str) -> None:
+    """Both kinds open, are not blank, and the SVG's words are words."""
+    svg = saved(page, place, "SVG")
+    text = " ".join(" ".join(ElementTree.fromstring(svg).itertext()).split())  # lines may break
+    for word in words:
+        assert word in text
+    assert drawn_share(page, svg, "image/svg+xml") > 0.01
+    png = saved(page, place, "PNG")
+    assert png.startswith(b"\x89PNG")
+    assert drawn_share(page, png, "image/png") > 0.01
+
+
+def test_pictures_of_every_view(page: Any, server: Server) -> None:
+    start(page, server.address)
+    record(page, "Once upon")
+    show(page, "chat")
+    page.fill(".chat-field", "Upon a midnight")
+    page.press(".chat-field", "Enter")
+    page.wait_for_selector(".turn-fate", timeout=60_000)
+    words = {"chat": "Upon a midnight", "runs": "Gradient norm", "next": "After token 0"}
+    show(page, "export")
+    place = page.locator(".figure:has-text('A picture of a view')")
+    offered = place.locator("option").evaluate_all("all => all.map((one) => one.value)")
+    assert offered == PICTURED
+    for view in PICTURED:
+        place.locator("select").select_option(view)
+        title = page.locator(f".tab[data-view={view}]").inner_text()
+        check_pictures(page, place, title, words.get(view, title))
+    show(page, "chat")
+    assert "Upon a midnight" in page.inner_text(".chat-log")  # it came back from its picture
+
+
+def test_pictures_of_the_opened_block(page: Any, server: Server) -> None:
     start(page, server.address)
     record(page, "Once upon")
     show(page, "export")
-    for section in ("A picture of a view", "A picture of the opened block"):
-        place = page.locator(f".figure:has-text('{section}')")
-        with page.expect_download() as download:
-            place.get_by_text("SVG", exact=True).click()
-        drawing = ElementTree.parse(download.value.path())
-        assert len(list(drawing.iter())) > 40
-        with page.expect_download() as download:
-            place.get_by_text("PNG", exact=True).click()
-        picture = Path(download.value.path()).read_bytes()
-        assert picture.startswith(b"\x89PNG")
-        assert len(picture) > 10_000
+    place = page.locator(".figure:has-text('A picture of the opened block')")
+    check_pictures(page, place, "the channel's output")
+
+
+def test_pictures_without_a_trace(page: Any, server: Server) -> None:
+    start(page, server.address, view="export")
+    page.wait_for_selector(".panel-body[data-view=export][data-ready]")
+    assert page.locator("#panel option").all_inner_texts() == ["Chat", "Runs"]
+    assert page.locator("#panel .figure").count() == 1
+    page.locator("#panel select").select_option("runs")
+    check_pictures(page, page.locator("#panel .figure"), "Gradient norm")
 
 
 def test_what_a_file_says_is_text(

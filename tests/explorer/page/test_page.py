@@ -3,6 +3,7 @@
 import json
 import re
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,6 +129,120 @@ def test_branch(page: Any, server: Server) -> None:
     assert [t["id"] for t in after["tokens"][:7]] == [t["id"] for t in before["tokens"][:7]]
     assert after["source"]["branched_from"]["token"] == 6
     assert after["tokens"][7]["id"] != before["tokens"][7]["id"]
+
+
+def test_the_way_back_after_a_branch(page: Any, server: Server) -> None:
+    """By its button, by the browser's Back, and by the list of all that is kept."""
+    start(page, server.address)
+    first = record(page, "Once upon")
+    show(page, "next")
+    page.click(".token[data-index='6']")
+    page.wait_for_selector("h3:has-text('After token 6')")
+    assert page.locator("button:has-text('before the branch')").count() == 0
+    page.click("button.bar >> nth=3")
+    page.wait_for_selector(".token.is-pinned[data-index='7']")
+    second = state(page, "trace")
+    page.click("button:has-text('before the branch at token 6')")
+    page.wait_for_selector(".token.is-pinned[data-index='6']")
+    assert state(page, "trace") == first
+    page.go_back()
+    page.wait_for_selector(".token.is-pinned[data-index='7']")
+    assert state(page, "trace") == second
+    page.go_back()
+    page.wait_for_selector(".token.is-pinned[data-index='6']")
+    assert state(page, "trace") == first
+
+
+def test_the_recorded_runs_are_listed(page: Any, server: Server) -> None:
+    start(page, server.address)
+    first = record(page, "Once upon", write=2)
+    second = record(page, "Once upon a time", write=3)
+    page.click("#panel h2")
+    page.keyboard.press("k")
+    rows = page.locator("dialog.kept .kept-one")
+    page.wait_for_selector(f".kept-one[data-trace='{second}'][aria-current]")
+    kept = [trace["id"] for trace in get(server, "api/traces")["traces"]]
+    assert [row.get_attribute("data-trace") for row in rows.all()] == kept
+    assert "20 tokens" in rows.nth(0).inner_text()
+    page.click(f".kept-one[data-trace='{first}']")
+    page.wait_for_selector("text=12 tokens")
+    assert state(page, "trace") == first
+    assert page.locator("dialog.kept").is_hidden()
+    page.keyboard.press("k")
+    page.wait_for_selector(f".kept-one[data-trace='{first}'][aria-current]")
+    page.keyboard.press("Escape")
+    assert page.locator("dialog.kept").is_hidden()
+
+
+def test_a_file_opened_while_it_records_stays(page: Any, server: Server, trace_file: Path) -> None:
+    """What was asked for last is shown; the recording ends and does not come back."""
+    start(page, server.address)
+    page.fill("input[name='tokens to write']", "480")
+    page.fill("textarea.prompt", "Once")
+    page.press("textarea.prompt", "Enter")
+    page.wait_for_selector(".progress")
+    page.set_input_files("input[type=file]", trace_file)
+    page.wait_for_selector(".token >> nth=28")
+    assert page.locator("#ask button:has-text('Stop')").is_hidden()
+    page.wait_for_timeout(500)
+    assert page.locator(".token").count() == 29
+    assert page.locator(".progress, .broken").count() == 0
+    assert page.inner_text(".meter:last-child .meter-value") == "done"
+    assert "trace=" not in page.evaluate("location.hash")  # a file has no address
+
+
+def test_what_cannot_be_drawn_hears_nothing_more(
+    page: Any, server: Server, trace_file: Path
+) -> None:
+    """A part that throws leaves no listener behind of the parts that were drawn before it."""
+    head = "export function showStack(root, config, layers, store, numbersOf) {"
+
+    def breakable(route: Any) -> None:
+        body = route.fetch().text()
+        assert head in body
+        fault = f'{head} if (window.isBroken) throw new Error("no stack");'
+        route.fulfill(body=body.replace(head, fault), content_type="text/javascript")
+
+    page.route("**/views/stack.js", breakable)
+    page.add_init_script(
+        """window.heard = 0;
+        const [on, off] = [window.addEventListener, window.removeEventListener];
+        const count = (by, run) => function (kind, ...rest) {
+            if (kind === "themechange") window.heard += by;
+            return run.call(window, kind, ...rest);
+        };
+        window.addEventListener = count(1, on);
+        window.removeEventListener = count(-1, off);"""
+    )
+    start(page, server.address)
+    record(page, "Once upon", write=2)
+    before = page.evaluate("heard")
+    page.evaluate("window.isBroken = true")
+    page.set_input_files("input[type=file]", trace_file)
+    page.wait_for_selector(".broken:has-text('no stack')")
+    page.evaluate("window.isBroken = false")
+    page.click("button:text-is('Back')")
+    page.wait_for_selector(".token >> nth=11")
+    assert page.evaluate("heard") == before
+
+
+def test_nothing_moves_for_those_who_want_it_still(browser: Any, server: Server) -> None:
+    context = browser.new_context(reduced_motion="reduce")
+    page = context.new_page()
+    start(page, server.address)
+    moving = "document.getAnimations().map((a) => a.animationName ?? a.transitionProperty)"
+    record(page, "Once upon a time")
+    page.click("#panel h2")
+    page.keyboard.press("Space")
+    page.wait_for_url(re.compile("token=1"))  # it still plays, step by step
+    assert page.evaluate(moving) == []
+    page.keyboard.press("Space")
+    wait = "<div class=loading></div>"
+    page.evaluate(f"document.querySelector('#panel').insertAdjacentHTML('beforeend', '{wait}')")
+    assert page.evaluate(moving) == []
+    page.emulate_media(reduced_motion="no-preference")
+    assert page.evaluate(moving) == ["slide"]
+    context.close()
 
 
 def test_stop_and_go_on(page: Any, server: Server) -> None:

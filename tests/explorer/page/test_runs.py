@@ -3,6 +3,9 @@
 import json
 import math
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 
 from deltamoe.checkpoint import write_run_config
-from deltamoe.config import DataConfig, OptimizerConfig, RunConfig
+from deltamoe.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig, to_json
 from deltamoe.explorer import read_trace
 from deltamoe.explorer.app import create_app
 from deltamoe.testing import tiny_config
@@ -160,6 +163,68 @@ def test_a_growing_run_is_followed(page: Any, folder: Path, serve: Any) -> None:
     )
     # the pointer rests on the chart, which was drawn anew under it
     assert page.inner_text(".tooltip-head >> nth=0") == "step 71"
+
+
+def test_a_real_training_is_followed(page: Any, tmp_path: Path, serve: Any) -> None:
+    """``deltamoe train`` in a process of its own: running while it runs, finished when it is."""
+    (tmp_path / "text.txt").write_text("The sheep jumps over the fence. " * 200)
+    data = DataConfig(
+        path=str(tmp_path / "text.txt"), context=16, rows=2, cache=str(tmp_path / "cache")
+    )
+    steps = 400  # some seconds
+    train = TrainConfig(steps=steps, checkpoint_every=50, validate_every=0, threads=1)
+    config = tmp_path / "tiny.json"
+    config.write_text(to_json(RunConfig(model=tiny_config(), data=data, train=train)))
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    command = [sys.executable, "-m", "deltamoe", "train", str(config), "--out", str(runs / "long")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as trainer:
+        try:
+            while not (runs / "long" / "metrics.jsonl").exists():
+                assert trainer.poll() is None, trainer.stderr and trainer.stderr.read()
+                time.sleep(0.05)
+            open_runs(page, serve(runs))
+            row = "document.querySelector('tr[data-run=long]').innerText"
+            seen = [step_of(page, "long")]
+            assert "running" in page.inner_text("tr[data-run=long]")
+            while f"{steps} of" not in page.inner_text("tr[data-run=long]"):
+                before = page.inner_text("tr[data-run=long]")
+                until(page, f"{row} !== {json.dumps(before)}", timeout_s=60)
+                seen.append(step_of(page, "long"))
+            assert len(set(seen)) > 2, "it was followed, and not only found at its end"
+            assert trainer.wait(timeout=60) == 0
+        finally:
+            trainer.kill()
+    until(page, f"{row}.includes('finished')", timeout_s=FOLLOW_S)
+    assert "Nobody trains here now" in page.inner_text(".run-notice")
+    last = json.loads((runs / "long" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert hover(page, "loss", 1.0)["training"] == exact(page, last["loss"])
+    assert page.locator("[data-chart=loss] .flag.is-checkpoint").count() > 0
+    assert page.locator(".keys-of [data-flag]").all_inner_texts() == ["checkpoint"]
+
+
+def test_only_what_is_new_is_read(page: Any, folder: Path, serve: Any) -> None:
+    open_runs(page, serve(folder))
+    told: list[dict[str, Any]] = []
+    page.on("response", lambda r: told.append(r.json()) if "from=" in r.url else None)
+    with open(folder / "long" / "metrics.jsonl", "a") as metrics:
+        metrics.write(metrics_line(61))
+    row = "document.querySelector('tr[data-run=long]').innerText"
+    until(page, f"{row}.includes('61 of')", timeout_s=FOLLOW_S)
+    assert [[record["step"] for record in answer["records"]] for answer in told][-1] == [61]
+
+
+def test_flags_are_named(page: Any, tmp_path: Path, serve: Any) -> None:
+    run = write_run(tmp_path, "long", [metrics_line(s) for s in range(1, 30)], lr=1e-3)
+    (run / "checkpoints" / "step-12").mkdir(parents=True)  # no plan asks for it: stopped there
+    (run / "nonfinite-step-20.json").write_text("{}")
+    open_runs(page, serve(tmp_path))
+    key = page.locator(".keys-of [data-flag]")
+    assert key.all_inner_texts() == ["checkpoint", "resumed", "stopped", "not finite"]
+    for flag, kind in zip(key.all(), ("checkpoint", "resume", "stop", "nan"), strict=True):
+        shape = flag.locator("path").get_attribute("d")[len("M1 1") :]
+        drawn = page.locator(f"[data-chart=loss] .flag.is-{kind} path").get_attribute("d")
+        assert drawn.endswith(shape), kind
 
 
 def test_a_resumed_run_is_drawn_as_it_is_now(page: Any, folder: Path, serve: Any) -> None:

@@ -10,6 +10,7 @@ import { createStore } from "./store.js";
 import { startTheme, switchTheme } from "./theme.js";
 import { readTraceFile } from "./trace.js";
 import { showBlock } from "./views/block.js";
+import { keptSheet } from "./views/kept.js";
 import { showMeters } from "./views/meters.js";
 import { showStack } from "./views/stack.js";
 import { showTokens } from "./views/tokens.js";
@@ -58,29 +59,34 @@ function open(trace, token = store.get().token, from = app) {
     draw(trace, token);
   } catch (error) {
     if (before.trace !== trace) Object.assign(app, before);
+    store.set({ trace: app.traceId });
     throw new Error(`This recorded run cannot be shown: ${/** @type {Error} */ (error).message}`);
   }
-  store.set({ trace: app.traceId });
   if (trace !== before.trace) app.ask?.fill(trace.summary.prompt);
 }
 
 /** @param {import("./trace.js").Trace} trace @param {number} token */
 function draw(trace, token) {
-  leave.forEach((run) => run());
-  leave = [];
+  clear();
   app.trace = /** @type {any} */ (trace);
   trace.limit = app.status?.limits?.prompt_tokens;
-  store.set({ ...within({ ...store.get(), token }), preview: null, playing: false });
-  const start = performance.now();
+  store.set({ ...within({ ...store.get(), token }), trace: app.traceId, preview: null, playing: false });
   if (!store.get().part) panel.follow();
-  leave = [
-    showTokens(at("tokens"), trace, store),
-    showStack(at("stack"), trace.config, trace.layers, store, layerNumbers),
-    showBlock(at("block"), trace, store),
+  const parts = [ // each is left again even if the next one cannot be drawn
+    () => showTokens(at("tokens"), trace, store, app.traceId ? goTo : null),
+    () => showStack(at("stack"), trace.config, trace.layers, store, layerNumbers),
+    () => showBlock(at("block"), trace, store),
   ];
+  for (const part of parts) leave.push(part());
   tell(trace.summary.finish_reason === "end" ? "ended" : "done");
-  panel.draw().then(() => { document.body.dataset.readyMs = String(Math.round(performance.now() - start)); });
+  panel.draw();
   announce(`${trace.numTokens} tokens`);
+}
+
+/** Nothing that is shown hears of changes any more. */
+function clear() {
+  leave.forEach((run) => run());
+  leave = [];
 }
 
 /** What there is of what is wanted. @param {Partial<import("./store.js").State>} wanted */
@@ -94,55 +100,64 @@ function within(wanted) {
 
 /** Go where a changed address says. @param {Partial<import("./store.js").State>} wanted */
 async function followHash({ trace, ...rest }) {
-  try {
-    if (trace && trace !== app.traceId) await openId(trace);
-    store.set(within(rest));
-  } catch (error) {
-    fail(/** @type {Error} */ (error));
-  }
+  if (trace && trace !== app.traceId) await goTo(trace);
+  store.set(within(rest));
 }
 
-let opening = 0; // the last one that was asked for is shown
+let opening = 0;
+
+/** What is asked for last is what is shown: whatever is on its way, a recording too, ends. @returns {() => boolean} is it still the last? */
+function supersede() {
+  app.abort?.abort();
+  app.abort = null;
+  app.ask?.busy(false);
+  const mine = ++opening;
+  return () => mine === opening;
+}
 
 /** @param {File} file */
 async function openFile(file) {
-  const mine = ++opening;
+  const isLast = supersede();
   try {
     const bytes = await file.arrayBuffer();
-    if (mine === opening) open(readTraceFile(bytes), 0, { file: bytes, traceId: "" });
+    if (isLast()) open(readTraceFile(bytes), 0, { file: bytes, traceId: "" });
   } catch (error) {
-    fail(/** @type {Error} */ (error));
+    if (isLast()) fail(/** @type {Error} */ (error));
   }
 }
 
-/** @param {string} id @param {number} [token] */
-async function openId(id, token) {
-  const mine = ++opening;
+/** @param {string} id @param {number | undefined} token @param {() => boolean} isLast */
+async function openId(id, token, isLast) {
   const trace = await openTrace(id);
-  if (mine === opening) open(trace, token, { file: null, traceId: id });
+  if (isLast()) open(trace, token, { file: null, traceId: id });
+}
+
+/** Show a recorded run that the server keeps; if it is gone, that is said. @param {string} id @param {number} [token] */
+function goTo(id, token) {
+  const isLast = supersede();
+  return openId(id, token, isLast).catch((error) => isLast() && fail(error));
 }
 
 /** @param {string} path @param {any} body @param {number} [token] the one to show afterwards */
 async function recordTrace(path, body, token = 0) {
-  app.abort?.abort();
+  const isLast = supersede();
   const abort = (app.abort = new AbortController());
   ask.busy(true);
   store.set({ playing: false });
-  leave.forEach((run) => run());
-  leave = [];
+  clear();
   try {
     const id = await record(at("tokens"), path, body, abort.signal, tell, (app.trace?.config ?? app.model?.config)?.num_layers ?? 0);
-    if (app.abort !== abort) return;
-    await openId(id, token);
+    performance.mark("answered");
+    await openId(id, token, isLast);
   } catch (error) {
-    if (app.abort !== abort) return;
+    if (!isLast()) return;
     if (abort.signal.aborted) {
       if (app.trace) open(app.trace);
       else show(at("tokens"), h("div", { class: "empty" }, "Stopped."));
     } else fail(/** @type {Error} */ (error));
     tell("idle");
   } finally {
-    if (app.abort === abort) {
+    if (isLast()) {
       app.abort = null;
       ask.busy(false);
     }
@@ -152,7 +167,6 @@ async function recordTrace(path, body, token = 0) {
 /** Another text from here on. @param {number} token @param {number} id */
 app.branch = (token, id) => recordTrace("api/branch", { trace: app.traceId, token, id, ...ask.sampling() }, token + 1);
 app.canBranch = () => app.status?.mode === "live" && Boolean(app.traceId);
-app.openId = openId;
 app.record = recordTrace;
 app.tell = tell;
 
@@ -194,14 +208,17 @@ if (!file) {
     fail(/** @type {Error} */ (error));
   }
 }
-const ask = showAsk(/** @type {HTMLFormElement} */ (at("ask")), { record: recordTrace, stop: () => app.abort?.abort(), openFile }, app.status);
+const kept = keptSheet(() => app.traceId, goTo);
+const ask = showAsk(/** @type {HTMLFormElement} */ (at("ask")), { record: recordTrace, stop: () => app.abort?.abort(), openFile, showKept: kept.show }, app.status);
 app.ask = ask;
 listenToKeys(store, {
   trace: () => app.trace,
   views: views.map((view) => view.id),
   toPrompt: ask.focus,
+  toKept: () => app.status?.mode === "live" && kept.show(),
   theme: switchTheme,
-  sheet,
+  sheets: [sheet, kept.sheet],
+  help: () => sheet.showModal(),
   layers: () => app.trace?.layers.length ?? 0,
   sizes: (layer) => ({ heads: headsOf(app.trace?.config ?? {}, app.trace?.layers[layer]?.mixer ?? ""), experts: app.trace?.config.moe?.num_experts ?? 0 }),
 });
@@ -212,13 +229,16 @@ const wanted = [store.get().trace, app.status?.trace].filter(Boolean);
 try {
   if (file) {
     open(readTraceFile(file), undefined, { file, traceId: "" });
-  } else if (wanted.length) await openId(wanted[0]).catch((error) => (wanted[1] ? openId(wanted[1]) : Promise.reject(error)));
+  } else if (wanted.length) {
+    const isLast = supersede();
+    await openId(wanted[0], undefined, isLast).catch((error) => (wanted[1] ? openId(wanted[1], undefined, isLast) : Promise.reject(error)));
+  }
 } catch (error) {
   store.set({ trace: "" });
   fail(/** @type {Error} */ (error));
 }
 if (!app.trace) {
-  if (app.model) showStack(at("stack"), app.model.config, app.model.layers, store, layerNumbers);
+  if (app.model) leave.push(showStack(at("stack"), app.model.config, app.model.layers, store, layerNumbers));
   if (app.status && !wanted.length) show(at("tokens"), h("div", { class: "empty" }, "The tokens of your text will stand here and drive everything below."));
   show(at("block"), welcome());
   panel.draw();

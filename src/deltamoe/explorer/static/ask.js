@@ -10,10 +10,11 @@ import { events } from "./api.js";
  * @param {(path: string, body: any) => void} app.record
  * @param {() => void} app.stop
  * @param {(file: File) => void} app.openFile
+ * @param {() => void} app.showKept
  * @param {any} status of the server; null for a page without one
  */
-export function showAsk(root, { record, stop, openFile }, status) {
-  const prompt = /** @type {HTMLTextAreaElement} */ (h("textarea", { class: "prompt", name: "prompt", "aria-label": "Prompt", rows: 1, placeholder: "Type a text and press Enter: the model reads it, goes on, and every step is recorded", spellcheck: "false", maxlength: 40000 }));
+export function showAsk(root, { record, stop, openFile, showKept }, status) {
+  const prompt = /** @type {HTMLTextAreaElement} */ (h("textarea", { class: "prompt", name: "prompt", "aria-label": "Prompt", rows: 1, placeholder: "Type a text and press Enter: every step of the model is recorded", spellcheck: "false", maxlength: 40000 }));
   const most = status?.limits?.prompt_tokens ?? 512;
   const number = (/** @type {string} */ name, /** @type {any} */ more) => /** @type {HTMLInputElement} */ (h("input", { class: "number", type: "number", name, "aria-label": name, ...more }));
   const length = number("tokens to write", { min: 0, max: most, step: 1, value: 24 });
@@ -27,6 +28,7 @@ export function showAsk(root, { record, stop, openFile }, status) {
   show(root,
     isLive ? [prompt, h("label", { class: "field" }, "write", length), h("label", { class: "field" }, "temperature", temperature), h("label", { class: "field" }, "seed", seed), go, halt]
       : h("span", { class: "note", style: { flex: "1" } }, status?.mode === "runs" ? "This run has no checkpoint yet: its training is shown. Open it again later to type a prompt." : status ? "A trace file is open. To type a prompt, open a model: deltamoe explore RUN" : "A recorded run, opened without a server: everything here is in the file."),
+    isLive && button("Recorded", showKept, { title: "the recorded runs of this session (k)" }),
     button("Open a trace file", () => file.click(), { title: "or drop one on the page" }), file);
   prompt.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey) return;

@@ -3,6 +3,7 @@
  * derive.py, so that a file needs no server; a test holds the two together.
  */
 
+const LONGEST = 1e9; // of half-lives; a channel that forgets nothing has this one
 const EVERY = 64; // tokens between two kept memories
 
 /** @typedef {Float32Array} Matrix [K, V], row by row */
@@ -105,6 +106,12 @@ function dot(a, b) {
   for (let i = 0; i < a.length; i++) sum += a[i] * b[i];
   return sum;
 }
+
+/** Tokens until half is left, at most LONGEST. @param {number} logDecay */
+export const halfLife = (logDecay) => (logDecay < 0 ? Math.min(LONGEST, Math.LN2 / -logDecay) : LONGEST);
+
+/** x · sigmoid(x). @param {number} x */
+export const silu = (x) => x / (1 + Math.exp(-x));
 
 /** Length of a vector. @param {ArrayLike<number>} a */
 export const norm = (a) => Math.sqrt(dot(a, a));

@@ -42,8 +42,8 @@ function checkNumbers(section, where, bounds) {
 /** The length of every axis but "layer". @param {any} config @param {number} numTokens @returns {Map<string, number>} */
 function sizes(config, numTokens) {
   must(isMapping(config), "it names no model");
-  checkNumbers(config, "model", { vocab_size: [1, MOST_CHANNELS], dim: [1, MOST_CHANNELS], num_layers: [1, MOST_LAYERS] });
-  const found = new Map([["token", numTokens], ["width", config.dim]]);
+  checkNumbers(config, "model", { vocab_size: [1, MOST_CHANNELS], dim: [1, MOST_CHANNELS], mlp_dim: [1, MOST_CHANNELS], num_layers: [1, MOST_LAYERS] });
+  const found = new Map([["token", numTokens], ["width", config.dim], ["mlp_channel", config.mlp_dim]]);
   for (const [axis, most] of Object.entries(CANDIDATES)) found.set(axis, Math.min(most, config.vocab_size));
   const { kda, mla, moe } = config;
   for (const [name, section] of Object.entries({ kda, mla, moe })) must(section === null || section === undefined || isMapping(section), `model.${name} is ${brief(section)}`);
@@ -57,6 +57,9 @@ function sizes(config, numTokens) {
   }
   if (mla) {
     checkNumbers(mla, "model.mla", { num_heads: [1, MOST_PLACES], latent_dim: [1, MOST_CHANNELS], nope_dim: [0, MOST_CHANNELS], rope_dim: [0, MOST_CHANNELS], value_dim: [1, MOST_CHANNELS] });
+    const rank = mla.query_rank ?? 0; // without a bottleneck nothing has that axis
+    checkNumbers({ query_rank: rank }, "model.mla", { query_rank: [0, MOST_CHANNELS] });
+    found.set("mla_value_channel", mla.value_dim).set("query_latent_channel", rank);
     found.set("mla_head", mla.num_heads).set("mla_channel", mla.nope_dim + mla.rope_dim).set("latent_channel", mla.latent_dim);
   }
   if (moe) {
@@ -112,6 +115,8 @@ export function checkGeometry(summary, header, space) {
   checkTokens(summary);
   checkLayers(summary);
   const seen = new Set();
+  const isOurs = (/** @type {any} */ entry) => !Array.isArray(entry?.axes) || entry.axes.every((/** @type {any} */ axis) => axis === "layer" || lengths.has(axis));
+  summary.arrays = summary.arrays.filter(isOurs); // a later deltamoe may record more, over axes of its own
   for (const entry of summary.arrays) {
     const isEntry = isMapping(entry) && isText(entry.name) && isText(entry.unit) && Array.isArray(entry.axes) && Array.isArray(entry.shape);
     must(isEntry && !seen.has(entry.name), `it lists an array as ${brief(entry)}`);

@@ -6,7 +6,7 @@ import { h } from "./draw/dom.js";
 const SHEET = [
   ["← →", "one token back or on; with Shift ten"], ["Home End", "first, last token"], ["Space", "play or pause along the tokens"],
   ["↑ ↓", "a layer up or down"], ["m", "open the block's mixer or its channel"], ["[ ]", "previous, next head"], [", .", "previous, next expert"],
-  ["1 … 9", "a view by its place"], ["v V", "next, previous view"], ["/", "to the prompt"], ["t", "dark or light"], ["?", "this sheet"], ["Esc", "close; leave the prompt"],
+  ["1 … 9", "a view by its place"], ["v V", "next, previous view"], ["/", "to the prompt"], ["k", "the recorded runs that are kept"], ["t", "dark or light"], ["?", "this sheet"], ["Esc", "close; leave the prompt"],
 ];
 
 /** @returns {HTMLDialogElement} */
@@ -24,19 +24,19 @@ export function keySheet() {
  * @param {Object} app
  * @param {() => import("./trace.js").Trace | null} app.trace
  * @param {string[]} app.views in the order of the tabs
- * @param {() => void} app.toPrompt @param {() => void} app.theme
- * @param {HTMLDialogElement} app.sheet
+ * @param {() => void} app.toPrompt @param {() => void} app.toKept @param {() => void} app.theme @param {() => void} app.help
+ * @param {HTMLDialogElement[]} app.sheets while one lies open, keys are its own
  * @param {(layer: number) => {heads: number, experts: number}} app.sizes
  * @param {() => number} app.layers
  */
-export function listenToKeys(store, { trace, views, toPrompt, theme, sheet, sizes, layers }) {
+export function listenToKeys(store, { trace, views, toPrompt, toKept, theme, sheets, help, sizes, layers }) {
   const within = (/** @type {number} */ value, /** @type {number} */ size) => Math.min(Math.max(0, value), Math.max(0, size - 1));
   const turn = (/** @type {number} */ value, /** @type {number} */ size) => (size ? (value + size) % size : 0);
   addEventListener("keydown", (event) => {
     const target = /** @type {HTMLElement} */ (event.target);
     const isTyping = target.matches("input, textarea, select, [contenteditable]");
     if (event.key === "Escape" && isTyping) target.blur();
-    if (isTyping || event.ctrlKey || event.metaKey || event.altKey || sheet.open) return;
+    if (isTyping || event.ctrlKey || event.metaKey || event.altKey || sheets.some((sheet) => sheet.open)) return;
     const state = store.get();
     const tokens = trace()?.numTokens ?? 0;
     const far = event.shiftKey ? 10 : 1;
@@ -59,8 +59,9 @@ export function listenToKeys(store, { trace, views, toPrompt, theme, sheet, size
       v: () => store.set({ view: views[turn(view + 1, views.length)] }),
       V: () => store.set({ view: views[turn(view - 1, views.length)] }),
       "/": toPrompt,
+      k: toKept,
       t: theme,
-      "?": () => sheet.showModal(),
+      "?": help,
     };
     const isButton = target.matches("button, summary, a") && (event.key === " " || event.key === "Enter");
     const run = /^[1-9]$/.test(event.key) ? () => views[Number(event.key) - 1] && store.set({ view: views[Number(event.key) - 1] }) : does[event.key];

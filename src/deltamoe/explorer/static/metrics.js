@@ -1,5 +1,6 @@
 /** What can colour the tokens: one number a token, with its scale and its words. */
 
+import { halfLife } from "./derive.js";
 import { exact, tokens } from "./draw/number.js";
 import { extent, scale } from "./draw/scale.js";
 
@@ -53,7 +54,7 @@ export async function metricOf(trace, id, layer) {
     const where = at("kda.half_life");
     if (where === undefined) return null;
     const decay = means(await trace.array("kda.decay_mean", where));
-    const values = decay.map((v) => Math.min(1e9, Math.LN2 / -v));
+    const values = decay.map(halfLife);
     return { values, scale: scale("cividis", extent(values), "log"), name: `mean half-life, layer ${where}`, unit: "tokens", format: tokens };
   }
   if (id === "change") {

@@ -33,8 +33,14 @@ import { nearestLayer } from "./metrics.js";
  * @property {any} app
  */
 
-/** A part of a view with a heading and its legend. @param {string} title @param {any} aside @param {...any} children */
-export const figure = (title, aside, ...children) => h("section", { class: "figure" }, h("div", { class: "figure-head" }, h("h3", {}, title), aside), ...children);
+/** A part of a view: its heading, with choices beside it; what its colours mean in a row of their own. @param {string} title @param {any} aside @param {...any} children */
+export function figure(title, aside, ...children) {
+  const isKey = (/** @type {any} */ one) => one instanceof Element && one.matches(".legend, .swatch");
+  const all = [aside].flat(Infinity).filter(Boolean);
+  const keys = all.filter(isKey);
+  return h("section", { class: "figure" }, h("div", { class: "figure-head" }, h("h3", {}, title), all.filter((one) => !isKey(one)).map((one) => (typeof one === "string" ? h("span", { class: "note" }, one) : one))),
+    keys.length > 0 && h("div", { class: "figure-keys" }, keys), ...children);
+}
 
 /** @param {[string, string][]} entries name and value */
 export const facts = (entries) => h("div", { class: "facts" }, ...entries.map(([name, value]) => h("div", { class: "fact" }, h("span", {}, name), h("b", {}, value))));

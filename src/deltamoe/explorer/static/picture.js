@@ -4,7 +4,7 @@
  */
 
 const SVG = "http://www.w3.org/2000/svg";
-const DRAWN = ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "visibility", "font-family", "font-size", "font-weight", "font-style", "text-anchor"];
+const DRAWN = ["fill", "stroke", "stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin", "opacity", "visibility", "font-family", "font-size", "font-weight", "font-style", "text-anchor"];
 
 /** @param {string} name @param {Record<string, any>} attributes */
 function make(name, attributes) {
@@ -12,6 +12,14 @@ function make(name, attributes) {
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, String(value));
   return element;
 }
+
+const NOT_XML = /[\0-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]/g; // what a text may hold and no XML file
+
+/** @type {Record<string, string>} */
+const DASHES = { dashed: "5 4", dotted: "1.5 3" };
+
+/** A rectangle whose stroke lies within a place, as a border does. @param {{x: number, y: number, width: number, height: number}} place @param {number} line */
+const within = ({ x, y, width, height }, line) => ({ x: x + line / 2, y: y + line / 2, width: Math.max(0, width - line), height: Math.max(0, height - line) });
 
 const isClear = (/** @type {string} */ colour) => colour === "transparent" || /^rgba\(.*, 0\)$/.test(colour);
 
@@ -29,6 +37,14 @@ function takeOver(drawing, at, origin) {
   return copy;
 }
 
+/** @param {string} line @param {CSSStyleDeclaration} style @param {number} x @param {number} y of its foot */
+function write(line, style, x, y) {
+  const { color: fill, fontFamily, fontSize, fontWeight, fontStyle } = style;
+  const written = make("text", { x, y, fill, "font-family": fontFamily, "font-size": fontSize, "font-weight": fontWeight, "font-style": fontStyle, "xml:space": "preserve" });
+  written.textContent = line.replaceAll("\n", " ");
+  return written;
+}
+
 /** @param {Text} text @param {DOMRect} origin @param {Element} into */
 function copyText(text, origin, into) {
   const content = text.data;
@@ -40,10 +56,7 @@ function copyText(text, origin, into) {
   let place = null;
   const flush = () => {
     if (line.trim() && place) {
-      const written = make("text", {
-        x: place.left - origin.left, y: place.top - origin.top + place.height * 0.78, fill: style.color,
-        "font-family": style.fontFamily, "font-size": style.fontSize, "font-weight": style.fontWeight, "font-style": style.fontStyle, "xml:space": "preserve",
-      });
+      const written = write(line, style, place.left - origin.left, place.top - origin.top + place.height * 0.78);
       if (style.writingMode === "vertical-rl") {
         const [x, y] = [place.left - origin.left + place.width * 0.75, place.top - origin.top + place.height / 2];
         written.setAttribute("transform", `rotate(-90 ${x} ${y})`);
@@ -51,7 +64,6 @@ function copyText(text, origin, into) {
         written.setAttribute("y", String(y));
         written.setAttribute("text-anchor", "middle");
       }
-      written.textContent = line.replaceAll("\n", " ");
       into.append(written);
     }
     line = "";
@@ -74,7 +86,7 @@ function copyText(text, origin, into) {
 /** @param {Element} element @param {DOMRect} origin @param {Element} into */
 function copy(element, origin, into) {
   const style = getComputedStyle(element);
-  if (style.display === "none" || style.visibility === "hidden" || element.matches("label.choice, button.quiet")) return;
+  if (style.display === "none" || style.visibility === "hidden" || element.matches("label.choice, button.quiet, input[type=range]")) return;
   const at = element.getBoundingClientRect();
   if (!at.width && !at.height) return;
   const place = { x: at.left - origin.left, y: at.top - origin.top, width: at.width, height: at.height };
@@ -91,13 +103,15 @@ function copy(element, origin, into) {
     const y = place.y + place.height - 0.5;
     into.append(make("line", { x1: place.x, x2: place.x + place.width, y1: y, y2: y, stroke: style.borderBottomColor }));
   }
+  const isRule = line > 0 && place.height <= line; // nothing but an upper border
   const hasOutline = style.outlineStyle !== "none" && element.matches(".heatmap-column, .heatmap-row");
   if (!isClear(style.backgroundColor) || (line && !isClear(style.borderTopColor)) || hasOutline) {
-    into.append(make("rect", {
-      ...place, rx: parseFloat(style.borderTopLeftRadius) || 0, fill: isClear(style.backgroundColor) ? "none" : style.backgroundColor,
+    into.append(make(isRule ? "line" : "rect", {
+      ...(isRule ? { x1: place.x, x2: place.x + place.width, y1: place.y + line / 2, y2: place.y + line / 2, "stroke-dasharray": DASHES[style.borderTopStyle] ?? "none" } : within(place, hasOutline ? 0 : line)), rx: parseFloat(style.borderTopLeftRadius) || 0, fill: isClear(style.backgroundColor) ? "none" : style.backgroundColor,
       stroke: hasOutline ? style.outlineColor : line ? style.borderTopColor : "none", "stroke-width": hasOutline ? 1.5 : line || 0,
     }));
   }
+  if (element instanceof HTMLInputElement) into.append(write(element.value || element.placeholder, style, place.x + parseFloat(style.paddingLeft), place.y + place.height * 0.7));
   for (const child of element.childNodes) {
     if (child instanceof Text) copyText(child, origin, into);
     else if (child instanceof Element) copy(child, origin, into);
@@ -113,7 +127,7 @@ export function toSvg(element) {
   root.append(make("rect", { width, height, fill: ground }));
   const top = new DOMRect(origin.left - element.scrollLeft, origin.top - element.scrollTop, width, height);
   for (const child of element.children) copy(child, top, root);
-  return new XMLSerializer().serializeToString(root);
+  return new XMLSerializer().serializeToString(root).replace(NOT_XML, "\ufffd");
 }
 
 /** @param {string} svg @param {number} [ratio] pixels of the picture for one of the page @returns {Promise<Blob>} */

@@ -51,7 +51,9 @@ export function createStore(follow) {
   function writeHash() {
     const said = new URLSearchParams();
     for (const key of IN_HASH) if (state[key] !== "") said.set(key, String(state[key]));
-    history.replaceState(null, "", `#${said}`);
+    const shown = fromHash().trace;
+    const isOther = shown && state.trace && shown !== state.trace; // the browser's Back leads to the trace before
+    history[isOther ? "pushState" : "replaceState"](null, "", `#${said}`);
   }
 
   /** @param {Partial<State>} wanted */

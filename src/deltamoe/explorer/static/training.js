@@ -1,7 +1,7 @@
 /**
  * Training runs, read from the records of their metrics.jsonl alone, while a run goes on or after it.
- * Polling asks for what came since, with some steps again: a resumed run lives them a second time, and
- * a checkpoint gets its name after its record. Knows nothing of how it is drawn.
+ * Polling asks for what was written since; a resumed run lives some steps a second time, and is then
+ * read anew. Knows nothing of how it is drawn.
  */
 
 import { json } from "./api.js";
@@ -13,53 +13,63 @@ import { json } from "./api.js";
  * @property {string} name @property {any} config null where the run has none that can be read
  * @property {Step[]} records by step, thinned by the server where there are many
  * @property {Event[]} events by step
- * @property {boolean} isRunning its metrics grew within the last minute
+ * @property {boolean} isRunning somebody trains it now
+ * @property {string} next where the server goes on telling
  * @property {boolean} isThinned
  */
 
 const POINTS = 1000;
-const OVERLAP = 20;
 
-/** The runs there are, newest first. @returns {Promise<{name: string, step: number | null, steps: number | null, modified: number, is_open: boolean}[]>} */
+/** The runs there are, newest first. @returns {Promise<{name: string, step: number | null, steps: number | null, modified: number, is_open: boolean, is_running: boolean}[]>} */
 export const listRuns = async () => (await json("api/runs")).runs;
 
-const ask = (/** @type {string} */ name, /** @type {number} */ after) => json(`api/runs/${encodeURIComponent(name)}?after=${after}&points=${POINTS}`);
+/** What a run wrote since an earlier answer. @param {string} name @param {string} [from] that answer's `next` */
+const ask = (name, from) => json(`api/runs/${encodeURIComponent(name)}?points=${POINTS}${from ? `&from=${encodeURIComponent(from)}` : ""}`);
 
-/** @param {any} answer @param {Step[]} records @param {Event[]} events @param {boolean} isThinned @returns {Run} */
-const made = (answer, records, events, isThinned) => ({ name: answer.name, config: answer.config, isRunning: answer.is_running, records, events, isThinned });
+/** @param {Run | null} run what is known, which an answer that begins anew replaces @param {any} answer @returns {Run} */
+function grown(run, answer) {
+  const before = run && !answer.is_anew ? run : { records: [], events: [], isThinned: false };
+  return {
+    name: answer.name, config: answer.config, isRunning: answer.is_running, next: answer.next,
+    records: [...before.records, ...answer.records], events: merged(before.events, marked(answer)), isThinned: before.isThinned || answer.num_records > answer.records.length,
+  };
+}
 
 /** The whole of a run. @param {string} name @returns {Promise<Run>} */
 export async function readRun(name) {
-  const answer = await ask(name, 0);
-  return made(answer, answer.records, marked(answer), answer.num_records > answer.records.length);
+  let answer = await ask(name);
+  let run = grown(null, answer);
+  while (answer.has_more) {
+    answer = await ask(name, run.next);
+    run = grown(run, answer);
+  }
+  return run;
 }
 
 /** The run with what came since; the same object where nothing did. @param {Run} run @returns {Promise<Run>} */
 export async function followRun(run) {
-  const last = run.records.at(-1)?.step ?? 0;
-  const after = Math.max(0, last - OVERLAP);
-  const answer = await ask(run.name, after);
-  const resumed = resumedAfter(run.records, answer, last);
-  if (resumed !== null || run.records.length > 2 * POINTS) {
+  const answer = await ask(run.name, run.next);
+  if (answer.is_anew || answer.has_more || run.records.length > 2 * POINTS) {
     const whole = await readRun(run.name);
+    const resumed = resumedAfter(run.records, whole.records);
     const seen = run.events.filter((event) => event.kind === "resume" && event.step < (resumed ?? Infinity));
     if (resumed !== null) seen.push({ step: resumed, kind: "resume", text: "resumed, seen while this page was open" });
     return { ...whole, events: merged(whole.events, seen) };
   }
-  const grew = answer.next > last || answer.is_running !== run.isRunning;
-  const events = merged(run.events.filter((event) => event.step <= after || event.kind === "resume"), marked(answer));
-  if (!grew && events.length === run.events.length) return run;
-  return made(answer, [...run.records.filter((record) => record.step <= after), ...answer.records], events, run.isThinned);
+  const now = grown(run, answer);
+  return answer.records.length || now.isRunning !== run.isRunning || now.events.length !== run.events.length ? now : run;
 }
 
-/** The step a run went on from, if it lives known steps again; else null. @param {Step[]} known @param {any} answer @param {number} last */
-function resumedAfter(known, answer, last) {
-  const now = new Map(answer.records.map((/** @type {Step} */ record) => [record.step, record]));
-  for (const record of known.slice(-OVERLAP)) {
-    const other = now.get(record.step);
-    if (other && (other.seconds !== record.seconds || other.loss !== record.loss)) return record.step - 1;
-  }
-  return answer.next < last ? answer.next : null;
+/** The step a run went on from, if it lives known steps again; else null. @param {Step[]} known @param {Step[]} records as they are now */
+function resumedAfter(known, records) {
+  const now = new Map(records.map((record) => [record.step, record]));
+  const other = known.find((record) => {
+    const again = now.get(record.step);
+    return again && (again.seconds !== record.seconds || again.loss !== record.loss);
+  });
+  if (other) return other.step - 1;
+  const [last, before] = [records.at(-1)?.step ?? 0, known.at(-1)?.step ?? 0];
+  return last < before ? last : null;
 }
 
 /** The server's events, and a loss that is no number. @param {any} answer @returns {Event[]} */

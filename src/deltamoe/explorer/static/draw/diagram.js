@@ -20,16 +20,17 @@ export function box({ x, y, width, height, title, sub, kind = "", isLit, lines, 
   const high = shown ? shown.height ?? 12 : 0;
   const textHeight = height - (shown ? high + 6 : 0);
   const middle = y + textHeight / 2 + 4 - (sub ? 6.5 : 0);
+  const body = s("rect", { class: "body", x, y, width, height, rx: Math.min(6, height / 4) });
   const group = s("g", {
     class: `box ${kind}${isLit ? " is-lit" : ""}${pick ? " can-pick" : ""}`, "data-name": name ?? title, on: pick ? { click: pick } : {},
     ...(pick ? { tabindex: 0, role: "button", "aria-label": title } : {}),
   },
-  s("rect", { class: "body", x, y, width, height, rx: Math.min(6, height / 4) }),
+  body,
   s("text", { class: "title", x: x + width / 2, y: middle, "text-anchor": "middle" }, title),
   sub && s("text", { class: "sub", x: x + width / 2, y: middle + 14, "text-anchor": "middle" }, sub),
   shown && strip(shown.values, { ...shown, x: x + 6, y: y + height - high - 5, width: width - 12, height: high }));
   if (pick) group.addEventListener("keydown", (/** @type {any} */ event) => event.key === "Enter" && pick());
-  if (lines && !shown) explain(group, () => lines);
+  if (lines) explain(body, () => lines);
   return group;
 }
 

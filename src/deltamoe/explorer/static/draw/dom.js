@@ -53,7 +53,7 @@ export function show(element, ...children) {
 
 /** A button that reads as what it does. @param {string} label @param {() => void} run @param {Record<string, any>} [properties] */
 export function button(label, run, properties = {}) {
-  return h("button", { type: "button", on: { click: run }, ...properties }, label);
+  return /** @type {HTMLButtonElement} */ (h("button", { type: "button", on: { click: run }, ...properties }, label));
 }
 
 /**

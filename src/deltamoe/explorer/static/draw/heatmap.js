@@ -3,8 +3,11 @@
  * as easily as 20; marks lie above the canvas, so a pixel always has the colour of its number.
  */
 
-import { h } from "./dom.js";
+import { h, show } from "./dom.js";
 import { hideTooltip, showTooltip } from "./tooltip.js";
+
+const [ROW_GAP, TICK_GAP] = [12, 34]; // pixels between two numbers beside the rows, under the columns
+const TICK_STEPS = [1, 2, 5, 10, 20, 50, 100, 200, 500];
 
 /**
  * @typedef {Object} HeatmapOptions
@@ -15,6 +18,8 @@ import { hideTooltip, showTooltip } from "./tooltip.js";
  * @property {string} label what the map shows, for those who do not see it
  * @property {(row: number, column: number) => import("./tooltip.js").Lines} lines of the tooltip
  * @property {(row: number) => string} [rowLabel]
+ * @property {(column: number) => string} [columnLabel] default its number
+ * @property {number} [origin] what the first column counts as, so that round places are named; default 0
  * @property {string} [rowTitle] @property {string} [columnTitle]
  * @property {(row: number, column: number) => void} [pick]
  * @property {(row: number, column: number) => void} [hover] @property {() => void} [leave]
@@ -31,12 +36,14 @@ export function heatmap(o) {
   const canvas = /** @type {HTMLCanvasElement} */ (h("canvas", { class: "heatmap-canvas", role: "img", "aria-label": o.label }));
   const column = h("div", { class: "heatmap-column", hidden: true });
   const row = h("div", { class: "heatmap-row", hidden: true });
+  const ticks = h("div", { class: "heatmap-ticks", "aria-hidden": "true", style: { width: `${columns * across}px` } });
+  const step = TICK_STEPS.find((one) => one * across >= TICK_GAP) ?? columns;
   const area = h("div", { class: "heatmap-area", style: { width: `${columns * across}px`, height: `${rows * down}px` } }, canvas, column, row);
-  const scroller = h("div", { class: "heatmap-scroller" }, area);
-  const every = Math.ceil(12 / down);
+  const scroller = h("div", { class: "heatmap-scroller" }, area, ticks);
+  const every = TICK_STEPS.find((one) => one * down >= ROW_GAP) ?? rows;
   const names = h("div", { class: "heatmap-names", style: { height: `${rows * down}px` } },
     ...Array.from({ length: Math.ceil(rows / every) }, (_, i) => h("span", {
-      style: { top: `${i * every * down + (down * Math.min(every, 1)) / 2}px` },
+      style: { top: `${(i * every + 0.5) * down}px` },
     }, o.rowLabel ? o.rowLabel(i * every) : i * every)));
   const element = h("div", { class: "heatmap" },
     o.rowTitle && h("div", { class: "heatmap-row-title" }, o.rowTitle), names,
@@ -56,6 +63,7 @@ export function heatmap(o) {
     canvas.dataset.first = String(first);
     canvas.dataset.across = String(across);
     canvas.dataset.down = String(down);
+    show(ticks, ...Array.from({ length: last - first }, (_, i) => first + i).filter((c) => (c + (o.origin ?? 0)) % step === 0).map((c) => h("span", { style: { left: `${(c + 0.5) * across}px` } }, o.columnLabel ? o.columnLabel(c) : c)));
     const small = new OffscreenCanvas(last - first, rows);
     const cells = new ImageData(last - first, rows);
     let at = 0;

@@ -10,6 +10,8 @@ import { hideTooltip, showTooltip } from "./tooltip.js";
 /** So many pixels from the pointer's place a number still counts as being there. */
 const NEAR = 5;
 const MOST_LINES = 18;
+const FLAG = "l7 3.5l-7 3.5z";
+const FLAG_NAME = 180; // pixels there are for the text beside one
 
 /** One colour for each of a few lines, in an order that survives grey. @param {number} index @param {number} of */
 export const lineColour = (index, of) => scale("viridis", [0, 1]).at((isDark() ? 0.3 : 0.06) + (of < 2 ? 0.3 : (0.68 * index) / (of - 1)));
@@ -21,8 +23,9 @@ export const lineColour = (index, of) => scale("viridis", [0, 1]).at((isDark() ?
  * @param {string} o.xTitle @param {string} o.yTitle
  * @param {[number, number]} [o.xDomain] @param {[number, number]} [o.yDomain] @param {"linear" | "log"} [o.kind]
  * @param {(value: number) => string} [o.xFormat] @param {(value: number) => string} [o.yFormat]
- * @param {{x: number, text: string, className?: string}[]} [o.flags] events on the axis
+ * @param {{x: number, text: string, className?: string, shape?: string}[]} [o.flags] events on the axis; the shape is a path from its upper left corner, 7 pixels high
  * @param {(x: number) => void} [o.pick] @param {(x: number | null) => void} [o.hover] the place under the pointer, null when it leaves
+ * @param {boolean} [o.hasFlagNames] the flags' texts beside them; default false
  * @param {boolean} [o.hasNames] names beside the chart; default true
  */
 export function lineChart(series, o) {
@@ -47,6 +50,7 @@ export function lineChart(series, o) {
     return d;
   };
   const colour = (/** @type {number} */ i) => series[i].colour ?? lineColour(i, series.length);
+  const isClose = (/** @type {number} */ i) => i > 0 && Math.abs(px(/** @type {any[]} */ (o.flags)[i].x) - px(/** @type {any[]} */ (o.flags)[i - 1].x)) < FLAG_NAME;
   const mark = s("line", { class: "chart-mark", y1: top, y2: height - bottom, visibility: "hidden" });
   const cursor = s("line", { class: "chart-cursor", y1: top, y2: height - bottom, visibility: "hidden" });
   const chart = s("svg", { class: "chart", width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${o.yTitle} over ${o.xTitle}` },
@@ -55,8 +59,9 @@ export function lineChart(series, o) {
     ...ticks(x0, x1, Math.max(3, Math.floor(width / 90))).map((t) => s("text", { class: "tick-text", x: px(t), y: height - bottom + 15, "text-anchor": "middle" }, xFormat(t))),
     s("text", { class: "axis-title", x: 4, y: 11 }, o.yTitle),
     s("text", { class: "axis-title", x: (left + width - right) / 2, y: height - 3, "text-anchor": "middle" }, o.xTitle),
-    ...(o.flags ?? []).map((flag) => s("g", { class: `flag ${flag.className ?? ""}` },
-      s("line", { x1: px(flag.x), x2: px(flag.x), y1: top - 4, y2: height - bottom }), s("title", {}, flag.text), s("path", { d: `M${px(flag.x)} ${top - 6}l7 3.5l-7 3.5z` }))),
+    ...(o.flags ?? []).map((flag, i) => s("g", { class: `flag ${flag.className ?? ""}` },
+      s("line", { x1: px(flag.x), x2: px(flag.x), y1: top - 4, y2: height - bottom }), s("title", {}, flag.text), s("path", { d: `M${px(flag.x)} ${top - 6}${flag.shape ?? FLAG}` }),
+      o.hasFlagNames && s("text", { x: px(flag.x) + 11, y: top + 1 + (isClose(i) ? 13 : 0) }, flag.text))),
     ...series.map((one, i) => s("path", { d: path(one), class: `line ${one.className ?? ""}`, stroke: colour(i) })),
     mark, cursor);
   const xOf = (/** @type {Series} */ { x }, /** @type {number} */ i) => (x ? x[i] : i);

@@ -35,10 +35,15 @@ export function bytes(value) {
 /** 12.3 %. @param {number} value a share of 1 */
 export const percent = (value) => (Number.isFinite(value) ? `${Number((100 * value).toPrecision(3))} %` : "n/a");
 
+/** A probability in a column of them: as many decimals in every row. @param {number} value */
+export const probability = (value) => (value > 0 && value < 5e-5 ? "< 0.01 %" : `${(100 * value).toFixed(2)} %`);
+
 /** Tokens until half is forgotten. @param {number} value */
 export const tokens = (value) => (Number.isFinite(value) ? `${exact(value)} tokens` : value > 0 ? "never" : "n/a");
 
-/** White space made visible, so that a token is never an empty box. @param {string} piece */
+const CONTROL = /[\0-\x1f]/g; // each has a picture of itself in Unicode
+
+/** White space and control characters made visible, so that a token is never an empty box. @param {string} piece */
 export function visible(piece) {
-  return piece.replaceAll(" ", "·").replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll("\r", "␍") || "∅";
+  return piece.replaceAll(" ", "·").replaceAll("\n", "⏎").replaceAll("\t", "⇥").replace(CONTROL, (one) => String.fromCharCode(0x2400 + one.charCodeAt(0))) || "∅";
 }

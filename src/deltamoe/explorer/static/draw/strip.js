@@ -16,12 +16,13 @@ const COLOURS = 32;
  * @param {number} options.x @param {number} options.y @param {number} options.width @param {number} options.height
  * @param {string} options.name for the tooltip
  * @param {string} [options.unit]
- * @param {number} [options.rows] heads, one under the other; cells run row by row
+ * @param {string} [options.axis] what its columns count @param {string} [options.rowAxis] and its rows
+ * @param {number} [options.rows] one under the other; cells run row by row
  * @param {number} [options.lit] the row that is framed
  * @param {[number, number]} [options.domain]
  * @param {(value: number) => string} [options.format] @param {import("./scale.js").Kind} [options.kind]
  */
-export function strip(values, { x, y, width, height, name, unit = "", rows = 1, lit, domain, format = exact, kind }) {
+export function strip(values, { x, y, width, height, name, unit = "", axis = "channel", rowAxis = "row", rows = 1, lit, domain, format = exact, kind }) {
   const columns = Math.max(1, Math.round(values.length / rows));
   const [least, greatest] = extent(values);
   const isSigned = least < 0 || greatest === 0;
@@ -46,7 +47,7 @@ export function strip(values, { x, y, width, height, name, unit = "", rows = 1, 
     if (!area || event.clientX === undefined) return null;
     const column = Math.min(columns - 1, Math.max(0, Math.floor(((event.clientX - area.left) / area.width) * columns)));
     const row = Math.min(rows - 1, Math.max(0, Math.floor(((event.clientY - area.top) / area.height) * rows)));
-    const place = rows > 1 ? `head ${row}, channel ${column}` : `channel ${column} of ${columns}`;
+    const place = rows > 1 ? `${rowAxis} ${row}, ${axis} ${column}` : `${axis} ${column} of ${columns}`;
     return [name, [place, `${format(values[row * columns + column])} ${unit}`], ["range shown", `${exact(low)} to ${exact(high)}`]];
   });
 }

@@ -2,15 +2,15 @@
 
 import { h, show } from "./dom.js";
 
-/** @typedef {(string | [string, string])[]} Lines a heading, or a name and its value */
+/** @typedef {(string | [string, string])[]} Lines a heading, then words, or a name and its value */
 
 const box = h("div", { class: "tooltip", role: "tooltip", hidden: true });
 
 /** @param {{clientX: number, clientY: number}} at @param {Lines} lines */
 export function showTooltip(at, lines) {
   if (!box.isConnected) document.body.append(box);
-  show(box, ...lines.map((line) => typeof line === "string"
-    ? h("div", { class: "tooltip-head" }, line)
+  show(box, ...lines.map((line, i) => typeof line === "string"
+    ? h("div", { class: i ? "tooltip-words" : "tooltip-head" }, line)
     : h("div", { class: "tooltip-line" }, h("span", {}, line[0]), h("b", {}, line[1]))));
   box.hidden = false;
   const { width, height } = box.getBoundingClientRect();

@@ -3,7 +3,7 @@
 import { json } from "../api.js";
 import { button, choice, h, show } from "../draw/dom.js";
 import { lineChart } from "../draw/line.js";
-import { exact, percent, visible } from "../draw/number.js";
+import { exact, probability, visible } from "../draw/number.js";
 import { facts, figure, headsOf } from "../panel.js";
 
 /** @typedef {{kind: "layers" | "heads" | "experts", layer: number, index: number}} Part */
@@ -94,7 +94,7 @@ function outcome({ before, after, divergence, by_token: byToken }, trace, width,
   const text = new Map([...before.next, ...after.next].map((/** @type {any} */ one) => [one.id, one.text]));
   const most = Math.max(before.next[0].probability, after.next[0].probability);
   const bar = (/** @type {number | undefined} */ p, /** @type {string} */ className) => h("span", { class: "bar-track" }, h("span", { class: `bar-fill ${className}`, style: { width: `${(100 * (p ?? 0)) / most}%` } }));
-  const say = (/** @type {number | undefined} */ p) => (p === undefined ? "not in 20" : percent(p));
+  const say = (/** @type {number | undefined} */ p) => (p === undefined ? "not in 20" : probability(p));
   const surprise = lineChart([
     { name: "as it is", y: byToken.surprise_before }, { name: "with the part off", y: byToken.surprise_after, className: "is-lit", colour: "var(--accent)" },
   ], { width, height: 150, xTitle: "token", yTitle: "surprise, nats", pick: (t) => store.set({ token: t }) });

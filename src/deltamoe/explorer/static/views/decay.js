@@ -1,5 +1,6 @@
 /** Decay as half-life, and beta: how fast each head forgets and how strongly it writes. */
 
+import { halfLife } from "../derive.js";
 import { choice } from "../draw/dom.js";
 import { heatmap } from "../draw/heatmap.js";
 import { legend } from "../draw/legend.js";
@@ -9,11 +10,7 @@ import { extent, scale } from "../draw/scale.js";
 import { figure } from "../panel.js";
 
 const SUMMARIES = /** @type {[string, string][]} */ ([["kda.decay_mean", "mean of the channels"], ["kda.decay_p10", "a tenth forgets faster"], ["kda.decay_p90", "a tenth forgets more slowly"]]);
-const LONGEST = 1e9;
 let summary = SUMMARIES[0][0]; // what the reader looked at last
-
-/** Tokens until half is left. @param {number} logDecay */
-export const halfLife = (logDecay) => Math.min(LONGEST, Math.LN2 / -logDecay);
 
 /** @type {import("../panel.js").View} */
 export const decay = {

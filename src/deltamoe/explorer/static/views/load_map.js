@@ -1,6 +1,6 @@
 /** The load of every expert of a layer over the steps of a run, as a map. */
 
-import { choice, h } from "../draw/dom.js";
+import { choice } from "../draw/dom.js";
 import { heatmap } from "../draw/heatmap.js";
 import { legend } from "../draw/legend.js";
 import { count, exact } from "../draw/number.js";
@@ -24,9 +24,9 @@ export function showLoad(run, chosen, width, pick) {
   const each = records.map((record) => shares(record.load[layer]));
   const colour = scale("cividis", [0, 3]);
   const map = heatmap({
-    rows: each[0].length, columns: records.length, value: (expert, i) => each[i][expert], scale: colour, width: width - NAMES_WIDTH, height: 220, least: 1, most: 12, mostRow: 14,
-    label: `Load of the experts of layer ${layer} over the steps of ${run.name}`, rowTitle: "expert", columnTitle: `record, ${every > 1 ? `every ${every}th, ` : ""}step ${count(records[0].step)} to ${count(/** @type {any} */ (records.at(-1)).step)}`,
+    rows: each[0].length, columns: records.length, value: (expert, i) => each[i][expert], scale: colour, width: width - NAMES_WIDTH, height: 220, least: 1, most: 12, mostRow: 14, columnLabel: (i) => count(records[i].step), origin: Math.round(records[0].step / every),
+    label: `Load of the experts of layer ${layer} over the steps of ${run.name}`, rowTitle: "expert", columnTitle: `step →${every > 1 ? `, every ${every}th record` : ""}`,
     lines: (expert, i) => [`Step ${count(records[i].step)}, expert ${expert}`, ["fair shares", exact(each[i][expert])], ["tokens", count(records[i].load[layer][expert])]],
   });
-  return figure(`Load of the experts, ${run.name}`, h("div", { class: "controls" }, legend(colour, "load", "fair shares, 3 and above alike"), choice("layer", layers.map((one) => [one, String(one)]), layer, (value) => pick(Number(value)))), map.element);
+  return figure(`Load of the experts, ${run.name}`, [legend(colour, "load", "fair shares, 3 and above alike"), choice("layer", layers.map((one) => [one, String(one)]), layer, (value) => pick(Number(value)))], map.element);
 }

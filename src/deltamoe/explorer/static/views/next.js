@@ -3,7 +3,7 @@
 import { lyingBars } from "../draw/bars.js";
 import { h, show } from "../draw/dom.js";
 import { legend } from "../draw/legend.js";
-import { exact, percent, visible } from "../draw/number.js";
+import { exact, probability, visible } from "../draw/number.js";
 import { ink, scale } from "../draw/scale.js";
 import { explain } from "../draw/tooltip.js";
 import { facts, figure } from "../panel.js";
@@ -34,7 +34,7 @@ export const next = {
           const text = visible(trace.text(id));
           const isNext = came?.id === id;
           return {
-            label: text, value: chance[i], text: percent(chance[i]), isLit: isNext, mark: isNext ? (came.is_prompt ? "read" : "drawn") : "",
+            label: text, value: chance[i], text: probability(chance[i]), isLit: isNext, mark: isNext ? (came.is_prompt ? "read" : "drawn") : "",
             title: canBranch ? `Branch from token ${token} with ${text}` : undefined,
             lines: /** @type {import("../draw/tooltip.js").Lines} */ ([text, ["probability", exact(chance[i])], ["id", String(id)], ["rank", String(i + 1)], ...(canBranch ? ["click: go on from here with it"] : [])]),
             pick: canBranch ? () => app.branch(token, id) : undefined,
@@ -44,8 +44,8 @@ export const next = {
         show(bars,
           figure(`After token ${token} “${visible(trace.tokens[token].text)}”`, h("span", { class: "note" }, canBranch ? "click one to branch" : "the bars are to the scale of the likeliest"),
             lyingBars(rows, chance[0]),
-            isFar && h("p", { class: "note" }, `What came, “${visible(came.text)}”, stands at place ${ranks.at(token + 1) + 1}: probability ${exact(Math.exp(-surprise.at(token + 1)))}.`)),
-          facts([["entropy", `${exact(entropy.at(token))} nats`], ["surprise of what came", came ? `${exact(surprise.at(token + 1))} nats` : "–"], ["its rank", came ? String(ranks.at(token + 1) + 1) : "–"], [`all but these ${candidates.length}`, percent(Math.max(0, 1 - sum))]]));
+            isFar && h("p", { class: "note" }, `What came, “${visible(came.text)}”, stands at place ${ranks.at(token + 1) + 1}: probability ${probability(Math.exp(-surprise.at(token + 1)))}.`)),
+          facts([["entropy", `${exact(entropy.at(token))} nats`], ["surprise of what came", came ? `${exact(surprise.at(token + 1))} nats` : "–"], ["its rank", came ? String(ranks.at(token + 1) + 1) : "–"], [`all but these ${candidates.length}`, probability(Math.max(0, 1 - sum))]]));
         if (!hasLens) {
           show(lens, figure("Logit lens", null, h("p", { class: "note" }, trace.reason("lens.ids"))));
           return;

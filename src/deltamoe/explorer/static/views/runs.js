@@ -1,6 +1,6 @@
 /** Runs: training as its records tell it, live while it goes on, and two runs on the same axes. */
 
-import { button, choice, h, show } from "../draw/dom.js";
+import { button, choice, h, s, show } from "../draw/dom.js";
 import { count, exact, short } from "../draw/number.js";
 import { explain, hideTooltip } from "../draw/tooltip.js";
 import { figure } from "../panel.js";
@@ -14,7 +14,10 @@ import { showLoad } from "./load_map.js";
 const LIVE_MS = 2000;
 const QUIET_MS = 6000;
 const MOST_FLAGS = 40;
-const FLAGS = /** @type {Record<string, string>} */ ({ checkpoint: "checkpoint", resume: "resumed", stop: "stopped", signal: "stopped by a signal", nan: "not finite" });
+const FLAGS = /** @type {Record<string, {name: string, shape: string}>} */ ({
+  checkpoint: { name: "checkpoint", shape: "l7 3.5l-7 3.5z" }, resume: { name: "resumed", shape: "l4 3.5l-4 3.5zm5 0l4 3.5l-4 3.5z" },
+  stop: { name: "stopped", shape: "h7v7h-7z" }, nan: { name: "not finite", shape: "l7 7m0 -7l-7 7" },
+});
 
 /** What the reader chose to see. @type {{first: string, second: string, axis: "step" | "tokens", weight: number, layer: number | null}} */
 const chosen = { first: "", second: "", axis: "step", weight: 0.9, layer: null, ...remembered("runs") };
@@ -37,13 +40,13 @@ export const runs = {
     const names = list.map((run) => run.name);
     if (!names.includes(chosen.first)) chosen.first = (list.find((run) => run.is_open) ?? list[0]).name;
     if (!names.includes(chosen.second) || chosen.second === chosen.first) chosen.second = "";
-    return watch(list, width);
+    return watch(list, width); // with everything that was there when it was asked for
   },
 };
 
 /** @param {Awaited<ReturnType<typeof listRuns>>} list @param {number} width */
-function watch(list, width) {
-  const [head, table, notice, charts, more] = [h("div", { class: "controls" }), h("div", {}), h("p", { class: "note run-notice", role: "status" }), h("div", { class: "charts" }), h("div", {})];
+async function watch(list, width) {
+  const [head, table, notice, flags, charts, more] = [h("div", { class: "controls" }), h("div", {}), h("p", { class: "note run-notice", role: "status" }), h("div", { class: "keys-of" }), h("div", { class: "charts" }), h("div", {})];
   let isGone = false;
   let timer = 0;
   let turn = 0;
@@ -98,7 +101,7 @@ function watch(list, width) {
   function words() {
     const shown = wanted().map((name) => known.get(name)).filter((run) => run !== undefined);
     const thinned = shown.filter((run) => run.isThinned);
-    return [shown.some((run) => run.isRunning) ? "Following: asks every 2 s." : "Nothing was written in the last minute; asks every 6 s.",
+    return [shown.some((run) => run.isRunning) ? "Following: asks every 2 s." : "Nobody trains here now; asks every 6 s.",
       thinned.length ? ` ${thinned.map((run) => run.name).join(" and ")}: about 1,000 records are drawn, of each stretch those of least and greatest loss.` : "",
       shown.length > 1 ? ` Where a chart has a line for each layer, ${shown[1].name} is dashed.` : ""].join("");
   }
@@ -114,6 +117,7 @@ function watch(list, width) {
     show(table, runTable(shown, list));
     if (!shown.some((run) => run.records.length)) {
       show(charts, h("div", { class: "empty" }, "No step has ended yet. The charts begin with the first."));
+      show(flags);
       show(more);
       return;
     }
@@ -128,6 +132,7 @@ function watch(list, width) {
       axis: chosen.axis, weight: chosen.weight, width: Math.floor((width - 24 * (columns - 1)) / columns), xDomain, flags: shown.flatMap((run, i) => flagsOf(run, i, shown.length)),
       hover: (/** @type {number | null} */ x) => made.forEach((chart) => chart.point(x)),
     };
+    show(flags, flagKey(shown));
     for (const quantity of QUANTITIES) {
       const chart = chartOf(quantity, shown, o);
       if (chart) made.push(chart);
@@ -142,10 +147,10 @@ function watch(list, width) {
   let lastPointer = null;
   charts.addEventListener("pointermove", (event) => { if (event.isTrusted) lastPointer = event; });
   controls();
-  load();
+  await load();
   document.addEventListener("visibilitychange", load);
   return {
-    element: [head, table, notice, charts, more],
+    element: [head, table, h("div", { class: "run-said" }, notice, flags), charts, more],
     stop() {
       isGone = true;
       clearTimeout(timer);
@@ -164,9 +169,16 @@ function reach({ clientX, clientY }) {
 function flagsOf(run, index, of) {
   const at = new Map(run.records.map((record) => [record.step, record[chosen.axis]]));
   return run.events.filter((event) => event.kind in FLAGS).slice(-MOST_FLAGS).map((event) => ({
-    x: chosen.axis === "step" ? event.step : at.get(event.step), className: `is-${event.kind} is-run-${index}`,
-    text: `${of > 1 ? `${run.name}: ` : ""}${FLAGS[event.kind]}${event.kind === "checkpoint" ? "" : ` (${event.text})`} at step ${count(event.step)}`,
+    x: chosen.axis === "step" ? event.step : at.get(event.step), className: `is-${event.kind} is-run-${index}`, shape: FLAGS[event.kind].shape,
+    text: `${of > 1 ? `${run.name}: ` : ""}${FLAGS[event.kind].name}${event.kind === "checkpoint" ? "" : ` (${event.text})`} at step ${count(event.step)}`,
   })).filter((flag) => Number.isFinite(flag.x));
+}
+
+/** What the flags on the axes are. @param {Run[]} shown */
+function flagKey(shown) {
+  const kinds = Object.keys(FLAGS).filter((kind) => shown.some((run) => run.events.some((event) => event.kind === kind)));
+  return kinds.map((kind) => h("span", { dataset: { flag: kind } },
+    s("svg", { class: "flag-key", width: 10, height: 9, "aria-hidden": "true" }, s("g", { class: `flag is-${kind}${shown.length > 1 ? "" : " is-run-0"}` }, s("path", { d: `M1 1${FLAGS[kind].shape}` }))), FLAGS[kind].name));
 }
 
 /** @param {Run[]} shown @param {{name: string, step: number | null, steps: number | null}[]} list */
@@ -194,7 +206,7 @@ function eventsOf(shown) {
   const rows = shown.flatMap((run, i) => run.events.map((event) => ({ run, i, ...event }))).sort((a, b) => b.step - a.step).slice(0, 60);
   if (!rows.length) return null;
   return figure("Events", h("span", { class: "note" }, "the latest first"), h("ol", { class: "run-events" }, ...rows.map(({ run, i, step, kind, text }) => h("li", { class: `is-${kind}` },
-    h("i", { class: "run-colour", style: { background: `var(--run-${i})` }, title: run.name }), h("b", {}, `step ${count(step)}`), h("span", { class: "run-kind" }, FLAGS[kind] ?? kind), h("span", { class: "run-text" }, text)))));
+    h("i", { class: "run-colour", style: { background: `var(--run-${i})` }, title: run.name }), h("b", {}, `step ${count(step)}`), h("span", { class: "run-kind" }, FLAGS[kind]?.name ?? kind), h("span", { class: "run-text" }, text)))));
 }
 
 /** @param {Run[]} shown */

@@ -23,8 +23,8 @@ export const state = {
       { name: "fixed state of all KDA layers", x, y: x.map(() => fixed / size) },
       { name: "growing cache of all MLA layers", x, y: x.map((t) => (t * each) / size), className: "is-lit", colour: "var(--accent)" },
     ], {
-      width, height: 230, xTitle: "tokens read", yTitle: `${unit} of one text`, xFormat: (v) => count(v), yDomain: [0, Math.max(fixed, each * longest) / size],
-      flags: [{ x: trace.numTokens, text: `this trace: ${count(trace.numTokens)} tokens` }, ...(crossover ? [{ x: crossover, text: `the cache is as large as the state: ${count(crossover)} tokens` }] : [])],
+      width, height: 230, xTitle: "tokens read", yTitle: `${unit} of one text`, hasFlagNames: true, xFormat: (v) => count(v), yDomain: [0, Math.max(fixed, each * longest) / size],
+      flags: [{ x: trace.numTokens, text: `this trace: ${count(trace.numTokens)} tokens` }, ...(crossover ? [{ x: crossover, text: `cache as large as state: ${count(crossover)} tokens` }] : [])],
     });
     const parts = Object.keys(parameters.by_part).filter((part) => parameters.by_part[part] > 0);
     const most = Math.max(...parts.map((part) => parameters.by_part[part]));

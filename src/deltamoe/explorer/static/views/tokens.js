@@ -3,7 +3,7 @@
  * the document, so a long text scrolls like a short one.
  */
 
-import { choice, h, show } from "../draw/dom.js";
+import { button, choice, h, show } from "../draw/dom.js";
 import { legend, swatch } from "../draw/legend.js";
 import { count, exact, visible } from "../draw/number.js";
 import { ink } from "../draw/scale.js";
@@ -30,8 +30,17 @@ function checks(trace) {
 const leftOut = (trace) => trace.summary.left_out?.length > 0 && explain(h("span", { class: "checks is-broken", tabindex: 0 }, "some layers are not recorded in full"), () => [
   ...trace.summary.left_out.map((/** @type {any} */ one) => /** @type {[string, string]} */ ([`layers ${one.layers.join(", ")}`, `${one.arrays.join(", ")}: ${one.reason}`]))]);
 
-/** @param {HTMLElement} root @param {import("../trace.js").Trace} trace @param {import("../store.js").Store} store */
-export function showTokens(root, trace, store) {
+/** From a branch to the text it left. @param {import("../trace.js").Trace} trace @param {((id: string, token: number) => void) | null} goTo */
+function wayBack(trace, goTo) {
+  const { trace: id, token } = trace.summary.source.branched_from ?? {};
+  return goTo && typeof id === "string" && Number.isInteger(token) && button(`↩ before the branch at token ${token}`, () => goTo(id, token), { class: "quiet" });
+}
+
+/**
+ * @param {HTMLElement} root @param {import("../trace.js").Trace} trace @param {import("../store.js").Store} store
+ * @param {((id: string, token: number) => void) | null} goTo shows another trace that is kept; null where none is
+ */
+export function showTokens(root, trace, store, goTo) {
   const pen = /** @type {CanvasRenderingContext2D} */ (document.createElement("canvas").getContext("2d"));
   pen.font = FONT;
   const texts = trace.tokens.map((/** @type {any} */ token) => visible(token.text).slice(0, 40));
@@ -98,14 +107,19 @@ export function showTokens(root, trace, store) {
 
   async function colour() {
     const { metric: id, layer } = store.get();
-    const found = await metricOf(trace, id, layer);
-    if (store.get().metric !== id) return;
-    metric = found;
+    try {
+      const found = await metricOf(trace, id, layer);
+      if (store.get().metric !== id) return;
+      metric = found;
+    } catch (error) {
+      show(words, h("span", { class: "checks is-broken", role: "alert" }, /** @type {Error} */ (error).message), button("Try again", colour));
+      return;
+    }
     show(words,
       choice("colour by", METRICS, id, (value) => store.set({ metric: value })),
       metric ? legend(metric.scale, metric.name, metric.unit, metric.format) : h("span", { class: "legend" }, "This model has no such layer."),
       swatch("swatch-prompt", "read"), swatch("swatch-written", "written by the model"),
-      h("span", { class: "token-count" }, checks(trace), leftOut(trace), `${count(texts.length)} tokens`));
+      h("span", { class: "token-count" }, wayBack(trace, goTo), checks(trace), leftOut(trace), `${count(texts.length)} tokens`));
     draw(true);
   }
 
