@@ -110,7 +110,7 @@ def test_it_answers_what_the_model_answers(name: str) -> None:
     assert distance(model, Decoder(model), rows=3, steps=12) < 3e-5
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9])
 def test_any_number_of_rows(rows: int) -> None:
     model = built(BASE)
     assert distance(model, Decoder(model), rows=rows, steps=5) < 3e-5
@@ -158,7 +158,7 @@ def test_threads_and_neighbours_change_no_bit(
     model = built(VARIANTS[name], torch.float32 if precision == "f32" else torch.bfloat16)
     if precision.endswith("bits"):
         quantize_model(model, int(precision[0]))  # type: ignore[arg-type]
-    # 15 rows: three passes over a tile, and enough for the threads to share what is small
+    # 15 rows: passes of 7 and 8 over a tile, and enough for the threads to share what is small
     reader, ids = Decoder(model), torch.randint(257, (20, 15))
     before = torch.get_num_threads()
     found: list[Tensor] = []
@@ -283,6 +283,28 @@ def test_in_a_pool_as_alone(name: str, page_tokens: int) -> None:
             if isinstance(layer, KdaState):
                 for part, room in zip(layer, pooled, strict=True):
                     assert torch.equal(part[0], room[slot])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("page_tokens", [24, 64])
+def test_long_texts_in_a_pool_as_alone(page_tokens: int) -> None:
+    """Stretches of several blocks, which begin and end anywhere in a page."""
+    model = built(replace(BASE, mla_every=1, num_layers=2))
+    reader, past, count = Decoder(model), 1100, 1102 // page_tokens + 1
+    _, state = model(torch.randint(257, (1, past)))
+    pages = torch.randperm(count)
+    pool = pool_for(
+        model, num_slots=1, num_pages=count, page_tokens=page_tokens, filled_with=torch.nan
+    )
+    at = torch.arange(past)
+    for layer, room in zip(state.layers, pool.layers, strict=True):
+        for part, pooled in zip(layer, room, strict=True):
+            pooled[pages[at // page_tokens], at % page_tokens] = part[0]
+    slot = torch.zeros(1, dtype=torch.int64)
+    for id_ in torch.tensor([[3], [5]]):
+        wanted, after = reader.step(id_, state)
+        assert torch.equal(reader.step_in_pool(id_, state.lengths, pool, slot, pages[None]), wanted)
+        state = after
 
 
 @pytest.mark.parametrize("precision", ["bf16", "8 bits", "4 bits"])

@@ -110,7 +110,7 @@ def test_unpacking_is_the_definition(
 
 
 @needs_compiler
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 70])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 70])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["fp32", "bf16", 8, 4])
 def test_the_products(kind: str | int, shape: tuple[int, int], rows: int) -> None:

@@ -684,30 +684,28 @@ class Decoder {
 
     const int64_t H = m.heads, L = m.latent_dim, P = m.rope_dim;
     const Matrix& up = m.latent_up;
-    for (int64_t i = t.begin(H + batch_); i < t.end(H + batch_); i++) {
-      if (i < H) {  // the head's queries, moved to where the latents are
-        for (int64_t b = 0; b < batch_; b++) {
-          std::fill(q_latent_[b * H + i], q_latent_[b * H + i] + L, 0.f);
-          const float* rope = query_[b] + i * m.query_dim() + m.nope_dim;
-          rotate(m, past[b], rope, q_rope_[b * H + i]);
-        }
-        const Matrix keys = up.cut(i * (m.nope_dim + m.value_dim), m.nope_dim);
-        auto move = [&](auto* w) {
-          add_rows(w, m.nope_dim, L, L, query_[0] + i * m.query_dim(), query_.stride, batch_,
-                   q_latent_[i], H * q_latent_.stride);
-        };
-        if (keys.kind == FP32) move(static_cast<const float*>(keys.values));
-        else move(static_cast<const bf16*>(keys.values));
-      } else {  // a row's new token, into the cache
-        const int64_t b = i - H;
-        float* latent = latent_[b];
-        rms_norm(latent, m.latent_norm, L, m.latent_eps, latent);
-        rotate(m, past[b], latent + L, latent + L);
-        T* to = token<T>(state.latent, state.latent_stride, L, b, past[b]);
-        T* key = token<T>(state.rope_key, state.rope_key_stride, P, b, past[b]);
-        for (int64_t j = 0; j < L; j++) to[j] = from_float<T>(latent[j]);
-        for (int64_t j = 0; j < P; j++) key[j] = from_float<T>(latent[L + j]);
+    for (int64_t h = t.begin(H); h < t.end(H); h++) {  // its queries, to where the latents are
+      for (int64_t b = 0; b < batch_; b++) {
+        std::fill(q_latent_[b * H + h], q_latent_[b * H + h] + L, 0.f);
+        const float* rope = query_[b] + h * m.query_dim() + m.nope_dim;
+        rotate(m, past[b], rope, q_rope_[b * H + h]);
       }
+      const Matrix keys = up.cut(h * (m.nope_dim + m.value_dim), m.nope_dim);
+      auto move = [&](auto* w) {
+        add_rows(w, m.nope_dim, L, L, query_[0] + h * m.query_dim(), query_.stride, batch_,
+                 q_latent_[h], H * q_latent_.stride, 8 * L * int64_t(sizeof *w));
+      };
+      if (keys.kind == FP32) move(static_cast<const float*>(keys.values));
+      else move(static_cast<const bf16*>(keys.values));
+    }
+    for (int64_t b = t.begin(batch_); b < t.end(batch_); b++) {  // the new token, into the cache
+      float* latent = latent_[b];
+      rms_norm(latent, m.latent_norm, L, m.latent_eps, latent);
+      rotate(m, past[b], latent + L, latent + L);
+      T* to = token<T>(state.latent, state.latent_stride, L, b, past[b]);
+      T* key = token<T>(state.rope_key, state.rope_key_stride, P, b, past[b]);
+      for (int64_t j = 0; j < L; j++) to[j] = from_float<T>(latent[j]);
+      for (int64_t j = 0; j < P; j++) key[j] = from_float<T>(latent[L + j]);
     }
     meet(t);
 
@@ -768,30 +766,40 @@ class Decoder {
   template <class T>
   void stretch(Thread& t, const Mla& m, const LayerState& state, int64_t begin, int64_t end,
                int64_t b, int64_t unit) {
-    constexpr int64_t BLOCK = 64;  // tokens whose latents stay in the cache between the two uses
+    constexpr int64_t BLOCK = 32;  // tokens whose latents stay in the cache between the two uses
     const int64_t H = m.heads, L = m.latent_dim, P = m.rope_dim;
+    const int64_t kind = sizeof(T) == 4 ? FP32 : BF16;
     const float scale = 1.f / std::sqrt(float(m.query_dim()));
     float *largest = largest_.data() + unit * H, *total = total_.data() + unit * H;
+    std::vector<Vector>&q = t.gathered, &q_rope = t.vectors[1];
+    if (int64_t(q_rope.size()) < H) q_rope.resize(H);
     for (int64_t h = 0; h < H; h++) {
       largest[h] = -INFINITY;
       total[h] = 0.f;
       std::fill(sources_[unit * H + h], sources_[unit * H + h] + L, 0.f);
+      q[h] = {q_latent_[b * H + h], nullptr, nullptr, nullptr};
+      q_rope[h] = {q_rope_[b * H + h], nullptr, nullptr, nullptr};
     }
     t.scores.reserve(H, BLOCK);
-    std::vector<Vector>& q = t.gathered;
+    // Meanwhile the next block is asked for, half of it with each of the two uses.
+    const auto latents = [&](int64_t s) {
+      return token<T>(state.latent, state.latent_stride, L, b, s);
+    };
+    const auto to_next = [&](int64_t s) -> int64_t {  // bytes
+      if (s + BLOCK > rows_.past[b]) return 0;
+      return reinterpret_cast<const char*>(latents(s + BLOCK)) -
+             reinterpret_cast<const char*>(latents(s));
+    };
     for (int64_t s = begin; s < end; s += BLOCK) {
       const int64_t n = std::min(BLOCK, end - s);
       in_pages(s, s + n, [&](int64_t from, int64_t count) {
-        const int64_t kind = sizeof(T) == 4 ? FP32 : BF16;
-        const T* latents = token<T>(state.latent, state.latent_stride, L, b, from);
+        const Matrix keys{latents(from), nullptr, count, L, kind};
         const T* rope_keys = token<T>(state.rope_key, state.rope_key_stride, P, b, from);
-        const Matrix keys{latents, nullptr, count, L, kind};
         const Matrix rope{rope_keys, nullptr, count, P, kind};
         for (int64_t tile = 0; tile < keys.tiles(); tile++) {
-          for (int64_t h = 0; h < H; h++) q[h] = {q_latent_[b * H + h], nullptr, nullptr, nullptr};
-          tile_product(keys, tile, q.data(), H, t.tile.data());
-          for (int64_t h = 0; h < H; h++) q[h].values = q_rope_[b * H + h];
-          if (P) tile_product(rope, tile, q.data(), H, t.other_tile.data());
+          tile_product(keys, tile, q.data(), H, t.tile.data(), keys.tile(tile) + to_next(from),
+                       {0, 2});
+          if (P) tile_product(rope, tile, q_rope.data(), H, t.other_tile.data());
           for (int64_t h = 0; h < H; h++)
             for (int64_t i = 0; i < rows_in(keys, tile); i++) {
               const float by_rope = P ? t.other_tile[h * TILE + i] : 0.f;
@@ -802,8 +810,14 @@ class Decoder {
       });
       for (int64_t h = 0; h < H; h++) {
         float* scores = t.scores[h];
-        float most = largest[h];
-        for (int64_t i = 0; i < n; i++) most = scores[i] > most ? scores[i] : most;
+        std::fill(scores + n, scores + BLOCK, -INFINITY);
+        vec mosts = splat(largest[h]), sums = {};
+        for (int64_t i = 0; i < BLOCK; i += LANES) {
+          const vec here = load(scores + i);
+          mosts = here > mosts ? here : mosts;
+        }
+        float most = mosts[0];
+        for (int i = 1; i < LANES; i++) most = mosts[i] > most ? mosts[i] : most;
         if (most != largest[h]) {
           const float shrink = exp_fast(largest[h] - most);
           total[h] *= shrink;
@@ -811,14 +825,16 @@ class Decoder {
           for (int64_t i = 0; i < L; i++) sources[i] *= shrink;
           largest[h] = most;
         }
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++) scores[i] = exp_fast(scores[i] - most);
-        for (int64_t i = 0; i < n; i++) total[h] += scores[i];
+        for (int64_t i = 0; i < BLOCK; i += LANES) {
+          const vec weights = exp_lanes(load(scores + i) - splat(most));
+          store(scores + i, weights);
+          sums += weights;
+        }
+        total[h] += sum(sums);
       }
       in_pages(s, s + n, [&](int64_t from, int64_t count) {
-        add_rows(token<T>(state.latent, state.latent_stride, L, b, from), count, L, L,
-                 t.scores[0] + (from - s), t.scores.stride, H, sources_[unit * H],
-                 sources_.stride);
+        add_rows(latents(from), count, L, L, t.scores[0] + (from - s), t.scores.stride, H,
+                 sources_[unit * H], sources_.stride, to_next(from), {1, 2});
       });
     }
   }

@@ -1,5 +1,5 @@
-// A matrix, perhaps quantised, times a few vectors, and what a quantised one stands for; see matvec.h
-// and ops/quantized.
+// A matrix, perhaps quantised, times a few vectors, and what a quantised one stands for; see
+// matvec.h and ops/quantized.
 
 #include "matvec.h"
 

@@ -104,7 +104,7 @@ static inline vec load_some(const W* p, int64_t count) {  // 0 < count < LANES; 
   return load(room);
 }
 
-constexpr int FEW = 6;  // vectors that share one pass: as many sums as there are registers for
+constexpr int FEW = 8;  // vectors that share one pass
 
 // One of several passes over the same weights, for the vectors from `first`.
 struct Pass {
@@ -117,18 +117,26 @@ struct Pass {
   }
 };
 
+// The weights at hand are gone through `of` times one after another, now for the time `index`.
+struct Turn {
+  int64_t index = 0, of = 1;
+};
+
 // visit(pass, how many vectors, as a constant)
 template <class Visit>
-static inline void in_passes(int64_t count, Visit visit) {
-  Pass pass{0, (count + FEW - 1) / FEW, 0};
-  for (; pass.index < pass.count; pass.index++) {
-    const int64_t here = (count - pass.first) / (pass.count - pass.index);
+static inline void in_passes(int64_t count, Turn turn, Visit visit) {
+  const int64_t passes = (count + FEW - 1) / FEW, end = (turn.index + 1) * passes;
+  Pass pass{turn.index * passes, turn.of * passes, 0};
+  for (; pass.index < end; pass.index++) {
+    const int64_t here = (count - pass.first) / (end - pass.index);
     switch (here) {
       case 1: visit(pass, std::integral_constant<int, 1>{}); break;
       case 2: visit(pass, std::integral_constant<int, 2>{}); break;
       case 3: visit(pass, std::integral_constant<int, 3>{}); break;
       case 4: visit(pass, std::integral_constant<int, 4>{}); break;
       case 5: visit(pass, std::integral_constant<int, 5>{}); break;
+      case 6: visit(pass, std::integral_constant<int, 6>{}); break;
+      case 7: visit(pass, std::integral_constant<int, 7>{}); break;
       default: visit(pass, std::integral_constant<int, FEW>{});
     }
     pass.first += here;
@@ -195,26 +203,32 @@ static inline __attribute__((always_inline)) void float_rows(const W* w, int64_t
       for (int b = 0; b < COUNT; b++) total[b][r] += left * load(from[b] + k);
     }
   }
+  vec* sums = total[0];
+  float single[ROWS * COUNT + 3];
+  int i = 0;
+#pragma GCC unroll 16
+  for (; i + 4 <= ROWS * COUNT; i += 4) sum_four(sums + i, single + i);
+#pragma GCC unroll 4
+  for (; i < ROWS * COUNT; i++) single[i] = sum(sums[i]);
 #pragma GCC unroll 8
-  for (int b = 0; b < COUNT; b++) {
-    if constexpr (ROWS == 4) sum_four(total[b], out + b * TILE);
-    else out[b * TILE] = sum(total[b][0]);
-  }
+  for (int b = 0; b < COUNT; b++) memcpy(out + b * TILE, single + b * ROWS, ROWS * sizeof(float));
 }
 
 template <class W>
 static void float_tile(const void* values, int64_t rows, int64_t columns, const Vector* x,
-                       int64_t count, float* out, int64_t to_next) {
+                       int64_t count, float* out, int64_t to_next, Turn turn) {
   const W* w = static_cast<const W*>(values);
-  for (int64_t r = 0; r < rows; r += r + 4 <= rows ? 4 : 1)
-    in_passes(count, [&](Pass pass, auto constant) {
-      constexpr int N = decltype(constant)::value;
-      const W* from = w + r * columns;
-      const Vector* with = x + pass.first;
-      float* to = out + pass.first * TILE + r;
-      if (r + 4 <= rows) float_rows<W, 4, N>(from, columns, with, to, pass, to_next);
-      else float_rows<W, 1, N>(from, columns, with, to, pass, to_next);
-    });
+  in_passes(count, turn, [&](Pass pass, auto constant) {
+    constexpr int N = decltype(constant)::value;
+    constexpr int ROWS = N > 6 ? 2 : 4;  // as many sums as there are registers for
+    const Vector* with = x + pass.first;
+    float* to = out + pass.first * TILE;
+    int64_t r = 0;
+    for (; r + ROWS <= rows; r += ROWS)
+      float_rows<W, ROWS, N>(w + r * columns, columns, with, to + r, pass, to_next);
+    for (; r < rows; r++)
+      float_rows<W, 1, N>(w + r * columns, columns, with, to + r, pass, to_next);
+  });
 }
 
 // --- quantised ------------------------------------------------------------------------------
@@ -417,25 +431,30 @@ static void quantized_pass(const uint8_t* w, const uint16_t* scales, int64_t gro
 
 template <int BITS>
 static void quantized_tile(const uint8_t* w, const uint16_t* scales, int64_t groups,
-                           const Vector* x, int64_t count, float* out, int64_t to_next) {
-  in_passes(count, [&](Pass pass, auto constant) {
+                           const Vector* x, int64_t count, float* out, int64_t to_next,
+                           Turn turn) {
+  in_passes(count, turn, [&](Pass pass, auto constant) {
     quantized_pass<BITS, decltype(constant)::value>(w, scales, groups, x + pass.first,
                                                     out + pass.first * TILE, pass, to_next);
   });
 }
 
 // One tile of outputs for `count` vectors: out[b * 16 + row]. What lies beyond the last row is
-// unspecified. The tile is read from memory once, and meanwhile the one at `next` is asked for.
-static void tile_product(const Matrix& m, int64_t tile, const Vector* x, int64_t count,
-                         float* out, const void* next = nullptr) {
+// unspecified. The tile is read from memory once, and meanwhile the one at `next` is asked for, or
+// of it what falls to this turn.
+static void tile_product(const Matrix& m, int64_t tile, const Vector* x, int64_t count, float* out,
+                         const void* next = nullptr, Turn turn = {}) {
   const int64_t rows = std::min<int64_t>(TILE, m.rows - tile * TILE), groups = m.groups();
   const uint8_t* values = m.tile(tile);
   const int64_t to_next = next ? static_cast<const uint8_t*>(next) - values : 0;
-  if (m.kind == FP32) return float_tile<float>(values, rows, m.columns, x, count, out, to_next);
-  if (m.kind == BF16) return float_tile<bf16>(values, rows, m.columns, x, count, out, to_next);
+  if (m.kind == FP32)
+    return float_tile<float>(values, rows, m.columns, x, count, out, to_next, turn);
+  if (m.kind == BF16)
+    return float_tile<bf16>(values, rows, m.columns, x, count, out, to_next, turn);
   const uint16_t* scales = static_cast<const uint16_t*>(m.scales) + tile * groups * TILE;
-  if (m.kind == INT8) return quantized_tile<8>(values, scales, groups, x, count, out, to_next);
-  quantized_tile<4>(values, scales, groups, x, count, out, to_next);
+  if (m.kind == INT8)
+    return quantized_tile<8>(values, scales, groups, x, count, out, to_next, turn);
+  quantized_tile<4>(values, scales, groups, x, count, out, to_next, turn);
 }
 
 // Round n numbers, padded with zeros, for a quantised matrix; `Vector` says what is what. A group
@@ -473,17 +492,19 @@ static inline void quantize(const float* x, int64_t n, int8_t* codes, float* sca
 // Some vectors of columns of y[b] += sum over `rows` of c[b][r] W[r], for COUNT of the b.
 template <class W, int COUNT, int VECS>
 static inline void add_columns(const W* w, int64_t rows, int64_t row_stride, const float* c,
-                               int64_t c_stride, float* y, int64_t y_stride) {
+                               int64_t c_stride, float* y, int64_t y_stride, Pass pass,
+                               int64_t to_next) {
   vec total[COUNT][VECS];
 #pragma GCC unroll 8
   for (int b = 0; b < COUNT; b++)
 #pragma GCC unroll 8
     for (int j = 0; j < VECS; j++) total[b][j] = load(y + b * y_stride + j * LANES);
   for (int64_t r = 0; r < rows; r++, w += row_stride) {
+    const char* ahead = reinterpret_cast<const char*>(w) + pass.ahead(r, to_next);
     vec left[VECS];
 #pragma GCC unroll 8
     for (int j = 0; j < VECS; j++) {
-      prefetch(w + 8 * row_stride + j * LANES);
+      if (j * LANES * sizeof(W) % 64 == 0) prefetch(ahead + j * LANES * sizeof(W));
       left[j] = load(w + j * LANES);
     }
 #pragma GCC unroll 8
@@ -499,20 +520,22 @@ static inline void add_columns(const W* w, int64_t rows, int64_t row_stride, con
     for (int j = 0; j < VECS; j++) store(y + b * y_stride + j * LANES, total[b][j]);
 }
 
-// y[b][0..columns) += sum over `rows` of c[b][r] W[r][0..columns), for a W that is not quantised.
+// y[b][0..columns) += sum over `rows` of c[b][r] W[r][0..columns), for a W that is not quantised;
+// meanwhile what lies `to_next` bytes further is asked for.
 template <class W>
 static void add_rows(const W* w, int64_t rows, int64_t columns, int64_t row_stride,
                      const float* c, int64_t c_stride, int64_t count, float* y,
-                     int64_t y_stride) {
-  in_passes(count, [&](Pass pass, auto constant) {
-    constexpr int N = decltype(constant)::value, WIDE = N <= 2 ? 8 : 4;
+                     int64_t y_stride, int64_t to_next, Turn turn = {}) {
+  in_passes(count, turn, [&](Pass pass, auto constant) {
+    constexpr int N = decltype(constant)::value, WIDE = N <= 2 ? 8 : N <= 6 ? 4 : 2;
     const float* by = c + pass.first * c_stride;
     float* to = y + pass.first * y_stride;
     int64_t k = 0;
     for (; k + WIDE * LANES <= columns; k += WIDE * LANES)
-      add_columns<W, N, WIDE>(w + k, rows, row_stride, by, c_stride, to + k, y_stride);
+      add_columns<W, N, WIDE>(w + k, rows, row_stride, by, c_stride, to + k, y_stride, pass,
+                              to_next);
     for (; k + LANES <= columns; k += LANES)
-      add_columns<W, N, 1>(w + k, rows, row_stride, by, c_stride, to + k, y_stride);
+      add_columns<W, N, 1>(w + k, rows, row_stride, by, c_stride, to + k, y_stride, pass, to_next);
     for (; k < columns; k++)
       for (int64_t b = 0; b < N; b++)
         for (int64_t r = 0; r < rows; r++)
