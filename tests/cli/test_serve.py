@@ -20,6 +20,7 @@ from deltamoe.cli.serve import read_keys
 from deltamoe.errors import BadFileError
 from tests.saved_run import save_run
 
+KEY = "key-of-the-environment"
 LONG = {"prompt": "a", "max_tokens": 3000, "ignore_eos": True, "stream": True}
 
 
@@ -29,13 +30,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def served(run: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+def served(
+    run: Path, *options: str, key: str = KEY
+) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """The process, where it listens, and what it has said so far."""
     process = subprocess.Popen(
         [sys.executable, "-m", "deltamoe", "serve", str(run), "--port", "0", *options],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "DELTAMOE_API_KEY": "key-of-the-environment"},
+        env={**os.environ, "DELTAMOE_API_KEY": key},
     )
     said: list[str] = []
     assert process.stderr is not None
@@ -54,9 +57,9 @@ def served(run: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], st
         process.stderr.close()
 
 
-def ask(address: str, path: str, data: object = None) -> tuple[int, bytes]:
+def ask(address: str, path: str, data: object = None, key: str = KEY) -> tuple[int, bytes]:
     connection = HTTPConnection(urlsplit(address).netloc, timeout=30)
-    head = {"Authorization": "Bearer key-of-the-environment", "Content-Type": "application/json"}
+    head = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     connection.request("GET" if data is None else "POST", path, json.dumps(data), head)
     response = connection.getresponse()
     answer = response.status, response.read()
@@ -96,6 +99,50 @@ def test_it_serves_and_ends_when_told(run: Path) -> None:
             assert last == "[DONE]" or json.loads(last)["error"]["code"] == "shutting_down"
 
 
+def test_a_kept_text_is_offered_and_keys_share(run: Path, tmp_path: Path) -> None:
+    text = "It was a bright cold day in April, and the clocks were striking thirteen."
+    file = tmp_path / "april.safetensors"
+    kept = ["generate", str(run), "--prompt", text, "--max-tokens", "0", "--save-state", str(file)]
+    assert main(kept) == 0
+    asked = {"prompt": " Winston", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    options = ("--load-state", str(file), "--load-state", f"again={file}", "--api-key", "other-key")
+    options += ("--share-prefixes", "--exact-reuse", "--context", "1Ki", "--states", "64Mi")
+    with served(run, *options) as (_, address, _):
+        whole = json.loads(
+            ask(address, "/v1/completions", asked | {"prompt": text + " Winston"})[1]
+        )
+        for name, key in (("april", KEY), ("again", "other-key")):
+            behind = ask(address, "/v1/completions", asked | {"state": name}, key)
+            assert json.loads(behind[1])["choices"] == whole["choices"]
+        listed = json.loads(ask(address, "/v1/states")[1])["data"]
+        assert {state["id"] for state in listed} == {"april", "again"}
+        long = {"prompt": "a document that two keys read " * 8, "max_tokens": 1}
+        cached = []
+        for key in (KEY, "other-key"):
+            usage = json.loads(ask(address, "/v1/completions", long, key)[1])["usage"]
+            cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+        assert cached[0] == 0
+        assert cached[1] > 0
+
+
+def test_the_explorer_beside(run: Path) -> None:
+    with served(run, "--explorer", "--states", "64Mi", "--cache", "0", key="") as (_, address, _):
+        assert ask(address, "/explore")[0] == 307
+        status, page = ask(address, "/explore/")
+        assert status == 200
+        assert b"static/app.js" in page
+        assert ask(address, "/explore/static/app.js")[0] == 200
+        assert json.loads(ask(address, "/explore/api/status")[1])["mode"] == "live"
+        status, events = ask(
+            address, "/explore/api/trace", {"prompt": "def f", "max_new_tokens": 4}
+        )
+        assert status == 200
+        assert b"event: done" in events
+        assert ask(address, "/v1/completions", {"prompt": "a", "max_tokens": 2})[0] == 200
+        for path in ("/explore/../secret", "/explore/static/../../app.py", "/explore/none"):
+            assert ask(address, path)[0] == 404, path
+
+
 def test_what_is_refused_before_a_model_is_read(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -106,11 +153,15 @@ def test_what_is_refused_before_a_model_is_read(
         (["--api-key", "short"], "at least 8"),
         (["--allow-origin", "*"], "origins"),
         (["--host", "203.0.113.7", "--api-key", "long-enough"], "cannot listen"),
+        (["--explorer", "--api-key", "long-enough"], "--explorer"),
     ):
         assert main(["serve", str(run), *options]) == 2
         assert says in capsys.readouterr().err
     assert main(["serve", str(run), "--api-key-file", str(tmp_path / "none")]) == 3
     assert main(["serve", str(tmp_path / "nothing"), "--port", "0"]) == 3
+    state = ["--load-state", str(tmp_path / "none.safetensors")]
+    assert main(["serve", str(run), "--port", "0", *state]) == 3
+    assert "none.safetensors" in capsys.readouterr().err
 
 
 def test_keys_of_a_file_and_of_the_environment(tmp_path: Path) -> None:

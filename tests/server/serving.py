@@ -82,13 +82,19 @@ class Running:
     def get(self, path: str, **headers: str) -> Answer:
         return self.ask("GET", path, headers=headers)
 
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+    def connect(self, *, buffer: int = 0) -> socket.socket:
+        """A connection; ``buffer`` bounds the bytes that wait at its end to be read."""
+        connection = socket.socket()
+        connection.settimeout(20)
+        if buffer:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        connection.connect(("127.0.0.1", self.port))
+        return connection
 
-    def send(self, path: str, data: Any) -> socket.socket:
+    def send(self, path: str, data: Any, *, buffer: int = 0) -> socket.socket:
         """A request on its way; what comes back is the caller's business."""
         body = json.dumps(data).encode()
-        connection = self.connect()
+        connection = self.connect(buffer=buffer)
         connection.sendall(
             f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\n\r\n".encode()

@@ -2,7 +2,9 @@
 
     python -m tests.server.soak [RUN] [--minutes 20]
 
-Without RUN a tiny model is served. The first quarter of the time fills the caches, unjudged.
+Without RUN a tiny model is served. The first quarter of the time fills the caches, unjudged; they
+are small, since memory that is filled for the first time looks like growth. Every request must be
+answered or told to wait.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from deltamoe.cli.load import LoadPlan, ServerAddress, measure
+from deltamoe.cli.load import LoadPlan, LoadReport, ServerAddress, measure
 from tests.saved_run import save_run
 
 MIB = 1 << 20
@@ -35,8 +37,8 @@ async def leave(address: ServerAddress, chance: random.Random) -> None:
     writer.transport.abort()
 
 
-async def load(address: ServerAddress, until: float) -> None:
-    chance, seed = random.Random(0), 0
+async def load(address: ServerAddress, until: float) -> list[LoadReport]:
+    chance, seed, reports = random.Random(0), 0, []
     while time.monotonic() < until:
         seed += 1
         plan = LoadPlan(
@@ -49,7 +51,9 @@ async def load(address: ServerAddress, until: float) -> None:
             seed=seed,
         )
         leaving = [leave(address, chance) for _ in range(chance.choice([0, 5, 20]))]
-        await asyncio.gather(measure(address, plan), *leaving)
+        report, *_ = await asyncio.gather(measure(address, plan), *leaving)
+        reports.append(report)
+    return reports
 
 
 async def watch(pid: int, until: float) -> list[tuple[float, float, int]]:
@@ -75,7 +79,7 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 async def soak(run: Path, minutes: float) -> bool:
     with tempfile.TemporaryFile("w+") as log:
-        options = ["--port", "0", "--states", "256Mi", "--cache", "64Mi"]
+        options = ["--port", "0", "--states", "64Mi", "--cache", "8Mi"]
         process = subprocess.Popen(
             [sys.executable, "-m", "deltamoe", "serve", str(run), *options], stderr=log
         )
@@ -88,7 +92,7 @@ async def soak(run: Path, minutes: float) -> bool:
                 address = ServerAddress.parse(found[0]) if found else None
                 await asyncio.sleep(0.1)
             until = time.monotonic() + 60 * minutes
-            _, seen = await asyncio.gather(load(address, until), watch(process.pid, until))
+            reports, seen = await asyncio.gather(load(address, until), watch(process.pid, until))
         finally:
             process.terminate()
             code = process.wait(timeout=30)
@@ -96,12 +100,19 @@ async def soak(run: Path, minutes: float) -> bool:
     growth = slope([(at, resident) for at, resident, _ in judged])
     idle = min(files for *_, files in judged)
     new_files = min(files for *_, files in judged[-len(judged) // 4 :]) - idle
+    answered, refused, failed = (
+        sum(getattr(report, name) for report in reports)
+        for name in ("num_finished", "num_refused", "num_failed")
+    )
+    errors = {error for report in reports for error in report.errors}
+    print(f"{answered} answered, {refused} refused, {failed} failed {sorted(errors)}")
     print(
         f"{minutes:g} minutes: {judged[0][1]:.0f} to {judged[-1][1]:.0f} MiB resident, "
         f"{growth:+.2f} MiB a minute; {idle} files open at the least, {new_files:+d} at the end; "
         f"exit code {code}"
     )
-    return growth < MOST_SLOPE and new_files <= MOST_NEW_FILES and code == 0
+    is_well = answered and not failed and code == 0
+    return bool(is_well and growth < MOST_SLOPE and new_files <= MOST_NEW_FILES)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from tests.kimi_vocabulary import kimi_tokenizer
 from tests.server.serving import Running
 
 PATH = "/v1/chat/completions"
+WIDE = ["x" * 100 + str(number) for number in range(1000)]
 HELLO = [{"role": "user", "content": "hello"}]
 TOOL = {
     "type": "function",
@@ -158,6 +159,13 @@ def test_calls_are_found_by_their_marks() -> None:
         {"functions": [{"name": "f"}]},
         {"modalities": ["text", "audio"]},
         {"tool_choice": "required"},
+        {"tools": [{"type": "function", "function": TOOL["function"] | {"strict": True}}]},
+        {"prompt": "a"},
+        {"echo": True},
+        {"best_of": 2},
+        {"store": True},
+        {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": WIDE}}}},
         {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}},
         {"tools": [TOOL, TOOL], "tool_choice": "required"},
         {"response_format": {"type": "json_schema"}},

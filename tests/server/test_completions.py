@@ -160,6 +160,8 @@ def test_a_stream_echoes(server: Running) -> None:
         ({"temperature": 2.5}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
+        ({"top_p": 1e-46}, "top_p"),  # 0 in fp32: no id would be left
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"logprobs": 21}, "logprobs"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 257}, "max_tokens"),
@@ -167,6 +169,14 @@ def test_a_stream_echoes(server: Running) -> None:
         ({"stop": ["x"] * 17}, "stop"),
         ({"suffix": "end"}, "suffix"),
         ({"best_of": 3}, "best_of"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "messages"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"max_completion_tokens": 5}, "max_completion_tokens"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"service_tier": "priority"}, "service_tier"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": [300]}, "300"),
@@ -186,6 +196,14 @@ def test_wrong_requests_say_what_is_wrong(server: Running, wrong: dict, says: st
     assert error["type"] == "invalid_request_error"
     assert says in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_labels_and_what_asks_for_nothing_pass(server: Running) -> None:
+    asked = {"prompt": "a", "max_tokens": 3, "temperature": 0}
+    plain = server.post(PATH, asked).json["choices"]
+    more = {"suffix": None, "best_of": 1, "response_format": {"type": "text"}, "tools": []}
+    labels = {"user": "me", "metadata": {"a": "b"}, "safety_identifier": "c", "unheard_of": 1}
+    assert server.post(PATH, asked | more | labels).json["choices"] == plain
 
 
 def test_numbers_that_json_does_not_have(server: Running) -> None:

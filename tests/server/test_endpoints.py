@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deltamoe.engine import Engine
+from deltamoe.errors import ConfigError
 from deltamoe.inference import TextState
 from deltamoe.model import KdaState, ModelState
 from deltamoe.server import Settings
@@ -72,7 +73,7 @@ def text_of(num_bytes: int) -> TextState:
 
 
 def test_the_shelf_drops_the_longest_unused() -> None:
-    shelf = StateShelf(max_states=3, max_bytes=1000)
+    shelf = StateShelf(max_states=3, max_bytes=1000, offered={})
     one, two = shelf.keep("me", text_of(400), "one"), shelf.keep("me", text_of(400), "two")
     shelf.find("me", one.id)
     three = shelf.keep("you", text_of(400), "three")
@@ -84,6 +85,20 @@ def test_the_shelf_drops_the_longest_unused() -> None:
         assert refused.value.status == 404
     with pytest.raises(ApiError):
         shelf.keep("me", text_of(1000), "four")
+
+
+def test_what_the_shelf_offers_everybody_stays() -> None:
+    shelf = StateShelf(max_states=1, max_bytes=1000, offered={"law": text_of(4000)})
+    kept = [shelf.keep("me", text_of(400), str(number)) for number in range(3)]
+    assert [state.id for state in shelf.of("me")] == ["law", kept[-1].id]
+    assert [state.id for state in shelf.of("you")] == ["law"]
+    assert shelf.find("you", "law").state.nbytes > 4000
+    assert shelf.nbytes == kept[-1].state.nbytes
+    with pytest.raises(ApiError) as refused:
+        shelf.drop("me", "law")
+    assert refused.value.status == 403
+    with pytest.raises(ConfigError, match="name"):
+        StateShelf(max_states=1, max_bytes=1000, offered={"": text_of(400)})
 
 
 def test_the_tokenizer_at_a_distance(server: Running) -> None:

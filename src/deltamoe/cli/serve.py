@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,7 +15,10 @@ from deltamoe.errors import BackendUnavailableError, BadFileError, ConfigError
 from deltamoe.plan import Bits
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
     from deltamoe.engine import Engine
+    from deltamoe.inference.opened import OpenedModel
     from deltamoe.server import Settings
 
 __all__ = ["command", "read_keys"]
@@ -67,6 +71,31 @@ _BACKLOG = 1024  # connections that wait to be accepted
     default=0,
     help="Compute one answer in so many again, without reuse, and compare; 0 audits none.",
 )
+@click.option(
+    "--share-prefixes",
+    is_flag=True,
+    help="Let keys save each other reading; the time to a first token then tells one what another "
+    "has sent.",
+)
+@click.option(
+    "--exact-reuse",
+    is_flag=True,
+    help="Reuse only what changes no bit of an answer; otherwise reuse is right to rounding.",
+)
+@click.option(
+    "--load-state",
+    "state_files",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="Offer a text that `deltamoe generate --save-state` has kept, under its name or the "
+    "file's; may be repeated.",
+)
+@click.option(
+    "--explorer",
+    "has_explorer",
+    is_flag=True,
+    help="The page of `deltamoe explore` beside, at /explore; it reads the model a second time.",
+)
 def command(
     path: Path,
     device: str,
@@ -88,6 +117,10 @@ def command(
     state_bytes: int | None,
     cache_bytes: int | None,
     audit_every: int,
+    share_prefixes: bool,
+    exact_reuse: bool,
+    state_files: tuple[str, ...],
+    has_explorer: bool,
 ) -> None:
     """Serve the model in RUN at http://HOST:PORT/v1, as OpenAI's clients expect it.
 
@@ -96,7 +129,7 @@ def command(
     """
     keys = [*api_keys, *read_keys(api_key_file, os.environ.get(KEY_VARIABLE, ""))]
     try:
-        from deltamoe.server import Settings, create_app, serve
+        from deltamoe.server import Settings, create_app, is_loopback, serve
     except ModuleNotFoundError as missing:
         raise BackendUnavailableError(
             f"the package {missing.name!r} is not installed (pip install 'deltamoe[serve]')"
@@ -107,11 +140,18 @@ def command(
         port=port,
         api_keys=tuple(dict.fromkeys(keys)),
         allows_strangers=allow_strangers,
+        shares_prefixes=share_prefixes,
         allowed_hosts=hosts,
         allowed_origins=origins,
         max_tokens=max_tokens,
     )
+    if has_explorer and (keys or not is_loopback(host)):
+        raise ConfigError(
+            "--explorer: the page sends no API key and answers this machine alone; leave out keys "
+            "and --host, or start `deltamoe explore` beside"
+        )
     from deltamoe.engine import Engine, EngineOptions
+    from deltamoe.inference import load_text_state
     from deltamoe.inference.opened import open_model
 
     options = EngineOptions(
@@ -121,17 +161,51 @@ def command(
         state_bytes=state_bytes,
         cache_bytes=cache_bytes,
         audit_every=audit_every,
+        exact_reuse=exact_reuse,
     )
     with _bound(host, port) as bound:
-        opened = open_model(path, device=device, dtype=dtype, quantize=quantize, memory=memory)
+        read = partial(
+            open_model, path, device=device, dtype=dtype, quantize=quantize, memory=memory
+        )
+        opened = read()
         weights = opened.checkpoint.weights_sha256
+        offered = {
+            name: load_text_state(file, opened.model, weights_sha256=weights)
+            for name, file in map(_named, state_files)
+        }
         with Engine(opened.model, opened.tokenizer, options, weights_sha256=weights) as engine:
-            app = create_app(engine, opened.tokenizer, settings, chat_template=opened.chat_template)
+            app = create_app(
+                engine,
+                opened.tokenizer,
+                settings,
+                chat_template=opened.chat_template,
+                offered=offered,
+            )
+            if has_explorer:
+                app.mount("/explore", _explorer(read(), path))
             bound.listen(_BACKLOG)
             for line in _report(engine, settings, _url(bound)):
                 click.echo(line, err=True)
+            if has_explorer:
+                click.echo(f"{_url(bound)}/explore/ shows the model at work", err=True)
             exit_code = serve(app, sockets=[bound])
     click.get_current_context().exit(exit_code)
+
+
+def _named(state_file: str) -> tuple[str, Path]:
+    """What ``[NAME=]FILE`` says."""
+    name, is_given, file = state_file.rpartition("=")
+    return name if is_given else Path(file).stem, Path(file)
+
+
+def _explorer(opened: "OpenedModel", path: Path) -> "ASGIApp":
+    """The explorer's page, on a model that the server does not use."""
+    from deltamoe.explorer.app import create_app
+    from deltamoe.explorer.live import Live
+    from deltamoe.explorer.runs import runs_folder
+
+    live = Live(opened, name=path.resolve().name)
+    return create_app(model=live, runs_folder=runs_folder(path), opened=path.resolve())
 
 
 def read_keys(file: Path | None, variable: str) -> list[str]:

@@ -7,8 +7,8 @@ and prometheus_client come with ``pip install 'deltamoe[serve]'``.
 Read first: ``app.py``, then ``completions.py``.
 """
 
-from deltamoe.server.app import create_app, mount_page
+from deltamoe.server.app import create_app
 from deltamoe.server.lifecycle import serve
-from deltamoe.server.settings import Settings
+from deltamoe.server.settings import Settings, is_loopback
 
-__all__ = ["Settings", "create_app", "mount_page", "serve"]
+__all__ = ["Settings", "create_app", "is_loopback", "serve"]

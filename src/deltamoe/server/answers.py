@@ -1,21 +1,39 @@
 """The parts that several answers share: identities, usage, logprobs in both of OpenAI's shapes.
 
+An answer may be long, so that it is made and written as JSON in a thread, while the streams go on.
+
 A logprob is a natural logarithm. Where a token is listed twice, drawn and among the likeliest, both
 numbers are the same float, so that clients may compare them.
 """
 
+import asyncio
+import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from fastapi.responses import Response
 
 from deltamoe.engine import Result, TokenLogprob
 from deltamoe.server.service import Service, TokenNames
 
-__all__ = ["FINISH", "chat_logprobs", "completion_logprobs", "head", "usage"]
+__all__ = ["FINISH", "answered", "chat_logprobs", "completion_logprobs", "head", "usage"]
 
 # Why a text ended, in OpenAI's words: the end of a document or a turn is a stop as well.
 FINISH = {"stop": "stop", "end": "stop", "length": "length", "cancelled": "stop", None: None}
+
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+async def answered(make: Callable[..., Any], *given: Any) -> Response:
+    """What a function makes of what is given, as JSON."""
+
+    def write() -> bytes:
+        # ``encode`` would hold the interpreter until it is done: with many logprobs a second
+        return "".join(_JSON.iterencode(make(*given))).encode()
+
+    return Response(await asyncio.to_thread(write), media_type="application/json")
 
 
 def head(service: Service, kind: str, prefix: str) -> dict[str, Any]:

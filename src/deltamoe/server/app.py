@@ -4,12 +4,12 @@ No documentation page is served, since FastAPI's would load scripts from elsewhe
 description is at ``/openapi.json``.
 """
 
-from pathlib import Path
+from collections.abc import Mapping
 
 from fastapi import FastAPI
-from starlette.staticfiles import StaticFiles
 
 from deltamoe.engine import Engine
+from deltamoe.inference import TextState
 from deltamoe.server import chat, completions, embeddings, health, models, tokens
 from deltamoe.server import states as kept_states
 from deltamoe.server.errors import add_error_handlers
@@ -21,7 +21,7 @@ from deltamoe.server.shelf import StateShelf
 from deltamoe.tokenizer import ChatTemplate, Tokenizer
 from deltamoe.version import __version__
 
-__all__ = ["create_app", "mount_page"]
+__all__ = ["create_app"]
 
 
 def create_app(
@@ -30,6 +30,7 @@ def create_app(
     settings: Settings,
     *,
     chat_template: ChatTemplate | None = None,
+    offered: Mapping[str, TextState] | None = None,
 ) -> FastAPI:
     """An app that answers with one engine.
 
@@ -38,8 +39,14 @@ def create_app(
         tokenizer: of the engine's model.
         settings: whom it answers and how much it gives.
         chat_template: the form of the model's turns; None for a base model.
+        offered: texts that everybody may go on from, by name.
+
+    Raises:
+        ConfigError: a name that no request could give.
     """
-    states = StateShelf(max_states=settings.max_states, max_bytes=settings.max_state_bytes)
+    states = StateShelf(
+        max_states=settings.max_states, max_bytes=settings.max_state_bytes, offered=offered or {}
+    )
     service = Service(
         engine=engine,
         tokenizer=tokenizer,
@@ -55,21 +62,3 @@ def create_app(
     add_error_handlers(app)
     app.add_middleware(Guard, service=service)
     return app
-
-
-def mount_page(app: FastAPI, folder: Path) -> None:
-    """Serve the files of a folder beside the endpoints, ``index.html`` at the root.
-
-    They are open to browsers without a key; what the page asks of the endpoints is not.
-
-    Args:
-        app: as ``create_app`` made it, with all other routes in place.
-        folder: static files.
-    """
-    paths = {
-        f"/{file.relative_to(folder).as_posix()}" for file in folder.rglob("*") if file.is_file()
-    }
-    service = app.state.service
-    assert isinstance(service, Service)
-    service.pages = frozenset(paths | {"/"})
-    app.mount("/", StaticFiles(directory=folder, html=True))

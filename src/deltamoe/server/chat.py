@@ -5,21 +5,21 @@ one text, see ``Service.conversation``. A call of a named tool, and an answer in
 letting the model choose only among what fits the schema.
 """
 
-import asyncio
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from deltamoe.engine import Choice, Piece, Result
 from deltamoe.engine import Request as EngineRequest
-from deltamoe.server.answers import FINISH, chat_logprobs, head, usage
+from deltamoe.server.answers import FINISH, answered, chat_logprobs, head, usage
 from deltamoe.server.batch import Batch, until_disconnect
 from deltamoe.server.errors import ApiError
 from deltamoe.server.protocol import ChatRequest, NamedToolChoice, ResponseFormat, Tool
-from deltamoe.server.service import Service, scope_of, service_of
+from deltamoe.server.service import Service, aside, service_of
+from deltamoe.server.settings import MAX_SCHEMA_BYTES
 from deltamoe.server.stream import EventStream, PieceStream, event
 from deltamoe.server.tools import answer_parts, forced_call, function_call
 
@@ -35,7 +35,8 @@ async def answer(body: ChatRequest, request: Request) -> Response:
     service.check_model(body.model)
     before = service.kept(request, body.state)
     tools = [] if body.tool_choice == "none" else body.tools or []
-    prompt = await asyncio.to_thread(
+    prompt = await aside(
+        request,
         service.conversation,
         body.messages,
         tools=[tool.model_dump(exclude_none=True) for tool in tools],
@@ -47,6 +48,10 @@ async def answer(body: ChatRequest, request: Request) -> Response:
         call_id, opening = forced_call(service.chat_template, service.tokenizer, name)
         prompt = (*prompt, *opening)
         schema = json.dumps(forced.function.parameters or {"type": "object"})
+    if schema is not None and len(schema) > MAX_SCHEMA_BYTES:
+        raise ApiError(
+            400, f"a schema of {len(schema):,} bytes: this server takes {MAX_SCHEMA_BYTES:,}"
+        )
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     num_read = len(prompt) + (0 if before is None else before.num_tokens)
     max_tokens = service.max_tokens(asked, num_read)
@@ -55,15 +60,14 @@ async def answer(body: ChatRequest, request: Request) -> Response:
         max_tokens, body.n or 1, 0, 0 if num_logprobs is None else num_logprobs + 1
     )
     batch = Batch(
-        service.engine,
-        service.metrics,
+        service,
         [
             EngineRequest(
                 prompt=prompt,
                 max_tokens=max_tokens,
                 num_logprobs=num_logprobs,
                 json_schema=schema,
-                scope=scope_of(request),
+                scope=service.prefix_scope(request),
                 state=before,
                 **service.sampling(body),
             )
@@ -72,7 +76,7 @@ async def answer(body: ChatRequest, request: Request) -> Response:
     reply = _Answer(service, body, has_tools=bool(tools), call_id=call_id)
     if not body.stream:
         results = await until_disconnect(request, batch.run())
-        return JSONResponse(reply.whole(results))
+        return await answered(reply.whole, results)
     stream = PieceStream(batch, service.pace)
     try:
         first = await until_disconnect(request, stream.next())
@@ -194,8 +198,9 @@ class _Answer:
         return piece.text.partition(template.calls_begin)[0] if mark in piece.ids else ""
 
     def _finished(self, piece: Piece, ids: Sequence[int]) -> Iterator[bytes]:
-        decoded = self._service.tokenizer.decode(ids)
-        _, calls = self._parts(ids, decoded)
+        calls: list[dict[str, Any]] = []
+        if self._call_id or self._has_tools:
+            _, calls = self._parts(ids, self._service.tokenizer.decode(ids))
         if calls:
             numbered = [{"index": i} | call for i, call in enumerate(calls)]
             yield self._event([self._delta(piece.index, {"tool_calls": numbered})])

@@ -4,20 +4,19 @@ A text begins with the document border, which the model reads and no answer list
 read as they come, without a border before them.
 """
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from deltamoe.engine import Choice, Piece, Result
 from deltamoe.engine import Request as EngineRequest
-from deltamoe.server.answers import FINISH, completion_logprobs, head, usage
+from deltamoe.server.answers import FINISH, answered, completion_logprobs, head, usage
 from deltamoe.server.batch import Batch, until_disconnect
 from deltamoe.server.protocol import CompletionRequest
-from deltamoe.server.service import Service, scope_of, service_of
+from deltamoe.server.service import Service, aside, service_of
 from deltamoe.server.stream import EventStream, PieceStream, event
 
 __all__ = ["router"]
@@ -31,7 +30,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     service = service_of(request)
     service.check_model(body.model)
     before = service.kept(request, body.state)
-    prompts = await asyncio.to_thread(service.documents, body.prompt, is_begun=before is not None)
+    prompts = await aside(request, service.documents, body.prompt, is_begun=before is not None)
     longest = max(map(len, prompts)) + (0 if before is None else before.num_tokens)
     max_tokens = service.max_tokens(body.max_tokens, longest)
     service.check_extent(
@@ -45,19 +44,17 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
         max_tokens=max_tokens,
         num_logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
-        scope=scope_of(request),
+        scope=service.prefix_scope(request),
         state=before,
         **service.sampling(body),
     )
     if _is_scored(body):
         asked = replace(asked, ignore_end=True)
-    batch = Batch(
-        service.engine, service.metrics, [replace(asked, prompt=prompt) for prompt in prompts]
-    )
-    answer = _Answer(service, body, prompts)
+    batch = Batch(service, [replace(asked, prompt=prompt) for prompt in prompts])
+    answer = await aside(request, _Answer, service, body, prompts)
     if not body.stream:
         results = await until_disconnect(request, batch.run())
-        return JSONResponse(answer.whole(results))
+        return await answered(answer.whole, results)
     stream = PieceStream(batch, service.pace)
     try:
         first = await until_disconnect(request, stream.next())
@@ -88,9 +85,12 @@ class _Answer:
     ) -> None:
         self._service = service
         self._body = body
-        self._prompts = prompts
         self._head = head(service, "text_completion", "cmpl")
-        self._is_text = isinstance(body.prompt, str) or isinstance(body.prompt[0], str)
+        is_text = isinstance(body.prompt, str) or isinstance(body.prompt[0], str)
+        # The tokens an answer repeats: of a text, all but the border.
+        begin = 1 if is_text and body.state is None else 0
+        self._echoed = [ids[begin:] if body.echo else () for ids in prompts]
+        self._echoed_texts = [service.tokenizer.decode(ids) for ids in self._echoed]
         self._num_choices = body.n or 1
         self._has_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._lengths: dict[int, int] = {}  # characters sent of each choice
@@ -105,7 +105,7 @@ class _Answer:
         return self._head | {"choices": choices, "usage": usage(results)}
 
     def _choice(self, number: int, result: Result, choice: Choice) -> dict[str, Any]:
-        service, echoed = self._service, self._echoed(number)
+        service, echoed = self._service, self._echoed[number]
         text, finish_reason = choice.text, FINISH[choice.finish_reason]
         if _is_scored(self._body) and choice.ids and choice.ids[0] in service.tokenizer.stop_ids:
             text, finish_reason = "", "stop"
@@ -117,18 +117,11 @@ class _Answer:
             ids = [*echoed, *(entry.id for entry in choice.logprobs)]
             logprobs = completion_logprobs(service.names, [*known, *choice.logprobs], ids)
         return {
-            "text": service.tokenizer.decode(echoed) + text,
+            "text": self._echoed_texts[number] + text,
             "index": number * self._num_choices + choice.index,
             "logprobs": logprobs,
             "finish_reason": finish_reason,
         }
-
-    def _echoed(self, number: int) -> tuple[int, ...]:
-        """The tokens of a prompt that an answer repeats: of a text, all but the border."""
-        if not self._body.echo:
-            return ()
-        has_border = self._is_text and self._body.state is None
-        return self._prompts[number][1 if has_border else 0 :]
 
     def events(self, pieces: Sequence[tuple[int, Piece]]) -> Iterator[bytes]:
         """The events of some pieces."""
@@ -136,7 +129,7 @@ class _Answer:
             index = number * self._num_choices + piece.index
             text = piece.text
             if index not in self._lengths:
-                text = self._service.tokenizer.decode(self._echoed(number)) + text
+                text = self._echoed_texts[number] + text
             offset = self._lengths.get(index, 0)
             self._lengths[index] = offset + len(text)
             logprobs = None

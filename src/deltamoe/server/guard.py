@@ -78,6 +78,7 @@ class Guard:
             body = await self._read_body(receive)
             if body is None:
                 return
+            scope["deltamoe.body_bytes"] = len(body)
             await self._app(scope, _replayed(body, receive), answering)
         except Exception as error:
             if answering.status:
@@ -121,8 +122,6 @@ class Guard:
     def _check_key(self, scope: Scope, headers: dict[str, str]) -> str:
         """The scope of the key that was sent."""
         if not self._keys or scope["path"] in _OPEN:
-            return ""
-        if scope["path"] in self._service.pages and scope["method"] in ("GET", "HEAD"):
             return ""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         digest = _digest(given.strip() if scheme.lower() == "bearer" else "")

@@ -1,5 +1,6 @@
 """``GET /health`` and ``GET /metrics``: for those who watch over a server."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -33,5 +34,5 @@ async def health(request: Request) -> JSONResponse:
 @router.get("/metrics", response_model=None)
 async def metrics(request: Request) -> Response:
     """All counters and gauges, in Prometheus's text format."""
-    content, media_type = service_of(request).metrics.exposition()
+    content, media_type = await asyncio.to_thread(service_of(request).metrics.exposition)
     return Response(content, media_type=media_type)

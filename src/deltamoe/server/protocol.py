@@ -1,7 +1,8 @@
 """The requests this server understands, with a bound on every number, and the answers it gives.
 
-Fields nobody has heard of are accepted and ignored, as OpenAI's clients expect. Fields with a
-meaning that cannot be honoured are refused by name: silence would be a wrong answer. Beyond
+Fields nobody has heard of are accepted and ignored, as OpenAI's clients expect, and so are mere
+labels (``user``, ``metadata``, ``safety_identifier``, ``prompt_cache_key``). Fields with a meaning
+that cannot be honoured are refused by name: silence would be a wrong answer. Beyond
 OpenAI's are ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids`` and ``ignore_eos`` in
 their customary spelling, and our own ``state`` (go on from a kept text) and ``reuse`` (false: read
 the prompt anew).
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
-from deltamoe.server.settings import MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS
+from deltamoe.server.settings import MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS, MAX_STATE_NAME
 
 __all__ = [
     "ChatRequest",
@@ -36,49 +37,69 @@ _MAX_LENGTH = 2**24  # tokens or characters; the body's size and the context bin
 Number = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[StrictInt, Field(ge=0, le=_MAX_ID)]
 Text = Annotated[StrictStr, Field(max_length=_MAX_LENGTH)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=_MAX_LENGTH)]
+# One complaint about a list is enough: a body has room for a quarter of a million.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=_MAX_LENGTH, fail_fast=True)]
 Prompt = (
     Text
-    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     | TokenIds
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 )
 Stop = Annotated[StrictStr, Field(min_length=1, max_length=256)]
 Name = Annotated[StrictStr, Field(min_length=1, max_length=256)]
+# Below their bounds ``top_p`` and ``repetition_penalty`` could be 0 in fp32, and ruin the draw.
 Bias = Annotated[Number, Field(ge=-100, le=100)]
+
+
+# What means something to OpenAI's clients and cannot be had where it is no declared field: its
+# name, and the values that ask for nothing beside null.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "dimensions": (),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "max_completion_tokens": (),
+    "messages": (),
+    "min_tokens": (0,),
+    "modalities": ([], ["text"]),
+    "parallel_tool_calls": (True,),
+    "prediction": (),
+    "prompt": (),
+    "reasoning": (),
+    "reasoning_effort": (),
+    "refusal": ("",),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
 
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-
-# What means something to OpenAI's clients and cannot be had here: the field, and the values that
-# ask for nothing.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "suffix": (None, ""),
-    "functions": (None, []),
-    "function_call": (None, "none"),
-    "modalities": (None, [], ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "web_search_options": (None,),
-    "reasoning_effort": (None,),
-    "reasoning": (None,),
-    "verbosity": (None,),
-    "dimensions": (None,),
-    "store": (None, False),
-}
+    @model_validator(mode="after")
+    def _refuse_what_cannot_be_honoured(self) -> "_Request":
+        for name, value in (self.model_extra or {}).items():
+            if value is not None and value not in _UNSUPPORTED.get(name, (value,)):
+                raise ValueError(f"{name} is not supported here; leave it out")
+        return self
 
 
 class _Answerable(_Request):
     model: Annotated[StrictStr, Field(max_length=256)] | None = None
-
-    @model_validator(mode="after")
-    def _refuse_what_cannot_be_honoured(self) -> "_Answerable":
-        for name, value in (self.model_extra or {}).items():
-            if name in _UNSUPPORTED and value not in _UNSUPPORTED[name]:
-                raise ValueError(f"{name} is not supported by this server; leave it out")
-        return self
 
 
 class StreamOptions(_Request):
@@ -91,12 +112,12 @@ class SamplingFields(_Answerable):
     """How tokens are chosen and when the text ends."""
 
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[Number, Field(ge=1e-6, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=_MAX_ID)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=10)] | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -106,7 +127,7 @@ class SamplingFields(_Answerable):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: StrictStr | None = None
-    state: Annotated[StrictStr, Field(max_length=64)] | None = None
+    state: Annotated[StrictStr, Field(max_length=MAX_STATE_NAME)] | None = None
     reuse: bool = True
 
     @model_validator(mode="after")
@@ -165,7 +186,7 @@ class Turn(_Request):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[ContentPart] | None = None
+    content: Text | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     name: Name | None = None
     tool_calls: Annotated[list[TurnToolCall], Field(max_length=128)] | None = None
     tool_call_id: Name | None = None
@@ -178,12 +199,16 @@ class Turn(_Request):
         return self.content or ""
 
 
+Turns = Annotated[list[Turn], Field(min_length=1, max_length=4096, fail_fast=True)]
+
+
 class ToolFunction(_Request):
     """A function's declaration."""
 
     name: Annotated[StrictStr, Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$")]
     description: Text | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class Tool(_Request):
@@ -229,12 +254,12 @@ class ResponseFormat(_Request):
 class ChatRequest(SamplingFields):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=4096)]
+    messages: Turns
     max_tokens: Annotated[int, Field(ge=0, le=_MAX_LENGTH)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=0, le=_MAX_LENGTH)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -245,6 +270,11 @@ class ChatRequest(SamplingFields):
             raise ValueError("top_logprobs needs logprobs: true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("tool_choice needs tools")
+        is_free = self.tool_choice in (None, "auto")
+        if is_free and any(tool.function.strict for tool in self.tools or ()):
+            raise ValueError(
+                "strict: a tool can be so where tool_choice names it; name it, or leave strict out"
+            )
         return self
 
 
@@ -261,7 +291,7 @@ class TokenizeRequest(_Request):
 
     model: StrictStr | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=4096)] | None = None
+    messages: Turns | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
@@ -275,15 +305,15 @@ class DetokenizeRequest(_Request):
     """``POST /detokenize``."""
 
     model: StrictStr | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=_MAX_LENGTH)]
+    tokens: Annotated[list[TokenId], Field(max_length=_MAX_LENGTH, fail_fast=True)]
 
 
 class StateRequest(_Answerable):
     """``POST /v1/states``: a text to read once and go on from often."""
 
     prompt: Text | TokenIds | None = None
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=4096)] | None = None
-    state: Annotated[StrictStr, Field(max_length=64)] | None = None
+    messages: Turns | None = None
+    state: Annotated[StrictStr, Field(max_length=MAX_STATE_NAME)] | None = None
     name: Annotated[StrictStr, Field(max_length=256)] = ""
 
     @model_validator(mode="after")

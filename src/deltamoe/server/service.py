@@ -3,15 +3,17 @@
 One ``Service`` lives as long as its app. Knows nothing of any one endpoint.
 """
 
+import asyncio
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import Request
 
-from deltamoe.engine import Engine
+from deltamoe.engine import Engine, QueueFullError
 from deltamoe.inference import TextState
 from deltamoe.server.errors import ApiError
 from deltamoe.server.metrics import Metrics
@@ -21,9 +23,14 @@ from deltamoe.server.settings import MAX_ANSWER_TOKENS, MAX_LISTED_LOGPROBS, Set
 from deltamoe.server.shelf import StateShelf
 from deltamoe.tokenizer import ChatTemplate, Message, StreamDecoder, Tokenizer, ToolCall
 
-__all__ = ["Service", "TokenNames", "key_scope", "scope_of", "service_of"]
+__all__ = ["Service", "TokenNames", "aside", "key_scope", "scope_of", "service_of"]
 
 _SCOPE = "deltamoe.scope"
+_BODY_BYTES = "deltamoe.body_bytes"
+_SHORT_BODY = 4096  # bytes; tokenized in less time than a thread takes to be woken
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -41,8 +48,9 @@ class Service:
         created: when the server began, seconds since 1970.
         is_draining: whether the process was told to end.
         num_requests: HTTP requests being answered.
-        pages: paths of a page that is served beside, open to browsers without a key.
         pace: how often the streams send.
+        compiler: the thread grammars are compiled in, one after the other.
+        num_compiling: requests that wait for it.
     """
 
     engine: Engine
@@ -55,8 +63,9 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
     num_requests: int = 0
-    pages: frozenset[str] = frozenset()
     pace: Pace = field(default_factory=Pace)
+    compiler: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammar"))
+    num_compiling: int = 0
 
     def __post_init__(self) -> None:
         self.names = TokenNames(self.tokenizer)
@@ -167,6 +176,10 @@ class Service:
             template.encode(self.tokenizer, messages, tools=tools, is_answered=is_answered)
         )
 
+    def prefix_scope(self, request: Request) -> str:
+        """Whose beginnings a request may make use of: its key's, or everybody's if all share."""
+        return "" if self.settings.shares_prefixes else scope_of(request)
+
     def kept(self, request: Request, state_id: str | None) -> TextState | None:
         """The text a request goes on from.
 
@@ -223,6 +236,17 @@ class Service:
                 f"{MAX_LISTED_LOGPROBS} at most",
                 param="logprobs",
             )
+
+    def check_room(self) -> None:
+        """Refuse a request that would wait behind too many others, before work is done for it.
+
+        Raises:
+            QueueFullError: ``max_waiting`` requests wait already, for the engine or for a grammar.
+        """
+        stats, most = self.engine.stats(), self.engine.options.max_waiting
+        num_free = max(stats.size.num_slots - stats.num_running, 0)
+        if stats.num_waiting + self.num_compiling >= most + num_free:
+            raise QueueFullError(f"{most} requests wait already; try again in a moment")
 
     def sampling(self, body: SamplingFields) -> dict[str, Any]:
         """The fields of an engine's request that say how tokens are chosen and where they end."""
@@ -301,13 +325,22 @@ def service_of(request: Request) -> Service:
 
 
 def key_scope(key: str) -> str:
-    """What is shared between requests is shared within this: the hash of an API key."""
+    """What a key's requests share among themselves is known by this: its hash."""
     return hashlib.sha256(key.encode()).hexdigest()[:32] if key else ""
 
 
 def scope_of(request: Request) -> str:
-    """The scope of a request, which the guard has written down."""
+    """Whose texts a request may see, which the guard has written down."""
     return str(request.scope.get(_SCOPE, ""))
+
+
+async def aside(
+    request: Request, make: Callable[Given, Made], *given: Given.args, **named: Given.kwargs
+) -> Made:
+    """Work on what a request has sent: in a thread if that is long, so that the streams go on."""
+    if request.scope[_BODY_BYTES] <= _SHORT_BODY:
+        return make(*given, **named)
+    return await asyncio.to_thread(make, *given, **named)
 
 
 def _message(turn: Turn) -> Message:

@@ -14,6 +14,8 @@ __all__ = [
     "MAX_LISTED_LOGPROBS",
     "MAX_LOGPROBS",
     "MAX_PROMPTS",
+    "MAX_SCHEMA_BYTES",
+    "MAX_STATE_NAME",
     "Settings",
     "is_loopback",
 ]
@@ -21,6 +23,8 @@ __all__ = [
 MAX_CHOICES = 8  # n of one prompt
 MAX_LOGPROBS = 20  # alternatives listed a token
 MAX_PROMPTS = 256  # of one request
+MAX_SCHEMA_BYTES = 1 << 16  # of the JSON schema of an answer or of a tool's arguments
+MAX_STATE_NAME = 64  # characters of a kept text's id
 MAX_ANSWER_TOKENS = 1 << 18  # of all choices of one request together
 MAX_LISTED_LOGPROBS = 1 << 19  # numbers in one answer, about 100 bytes each on the way
 MIB = 1 << 20
@@ -35,6 +39,8 @@ class Settings:
         host, port: where it listens; port 0 takes a free one.
         api_keys: whoever sends one of these is answered; none answers everybody.
         allows_strangers: listen beyond this machine without a key.
+        shares_prefixes: what one key's requests have read need not be read again for another's.
+            The time to the first token then tells whether somebody has sent the same.
         allowed_hosts: names that may stand in a request's Host header beside addresses.
         allowed_origins: web pages that may call, as "https://example.org".
         max_tokens: most tokens of one choice; what is drawn if a request does not say.
@@ -57,6 +63,7 @@ class Settings:
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     allows_strangers: bool = False
+    shares_prefixes: bool = False
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     max_tokens: int = 4096

@@ -1,18 +1,21 @@
 """The shelf of texts that were read once and are gone on from often.
 
 A kept text belongs to the API key that made it. Its cost is what the model carries of it: a fixed
-part for KDA, a latent a token for MLA. The longest unused goes when the shelf is full.
-Knows nothing of requests.
+part for KDA, a latent a token for MLA. The longest unused goes when the shelf is full. Texts the
+server's owner offers stand beside, for everybody, under their names. Knows nothing of requests.
 """
 
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from deltamoe.errors import ConfigError
 from deltamoe.inference import TextState
 from deltamoe.server.errors import ApiError
+from deltamoe.server.settings import MAX_STATE_NAME
 
 __all__ = ["KeptState", "StateShelf"]
 
@@ -22,7 +25,7 @@ class KeptState:
     """One text on the shelf.
 
     Attributes:
-        id: unguessable.
+        id: unguessable; of an offered text its name.
         name: whatever its maker calls it.
         state: the text.
         created: seconds since 1970.
@@ -50,16 +53,27 @@ class StateShelf:
 
     Args:
         max_states, max_bytes: beyond these the longest unused is dropped.
+        offered: texts for everybody, by name; they stay, and do not count.
+
+    Raises:
+        ConfigError: a name that no request could give.
     """
 
-    def __init__(self, *, max_states: int, max_bytes: int) -> None:
+    def __init__(
+        self, *, max_states: int, max_bytes: int, offered: Mapping[str, TextState]
+    ) -> None:
+        if bad := [name for name in offered if not 1 <= len(name) <= MAX_STATE_NAME]:
+            raise ConfigError(
+                f"state {bad[0][:80]!r}: expected a name of 1 to {MAX_STATE_NAME} characters"
+            )
         self._max_states = max_states
         self._max_bytes = max_bytes
+        self._offered = {name: KeptState(name, name, text) for name, text in offered.items()}
         self._kept: OrderedDict[tuple[str, str], KeptState] = OrderedDict()
 
     @property
     def nbytes(self) -> int:
-        """Of all texts together."""
+        """Of all texts that were kept together."""
         return sum(kept.state.nbytes for kept in self._kept.values())
 
     def __len__(self) -> int:
@@ -90,6 +104,8 @@ class StateShelf:
         Raises:
             ApiError: 404.
         """
+        if state_id in self._offered:
+            return self._offered[state_id]
         kept = self._kept.get((scope, state_id))
         if kept is None:
             raise ApiError(
@@ -105,11 +121,14 @@ class StateShelf:
         """Forget a text.
 
         Raises:
-            ApiError: 404.
+            ApiError: 404; 403 for one that is offered to everybody.
         """
         self.find(scope, state_id)
+        if state_id in self._offered:
+            raise ApiError(403, f"state {state_id!r} is the server's own", code="state_not_yours")
         del self._kept[scope, state_id]
 
     def of(self, scope: str) -> list[KeptState]:
-        """The texts of a scope, the longest unused first."""
-        return [kept for (owner, _), kept in self._kept.items() if owner == scope]
+        """The texts that are offered, and those of a scope, the longest unused first."""
+        own = [kept for (owner, _), kept in self._kept.items() if owner == scope]
+        return [*self._offered.values(), *own]

@@ -4,7 +4,6 @@ The answer's ``id`` goes into the field ``state`` of a later request, whose prom
 continue the kept text.
 """
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,7 +12,7 @@ from deltamoe.engine import Request as EngineRequest
 from deltamoe.server.batch import Batch, until_disconnect
 from deltamoe.server.errors import ApiError
 from deltamoe.server.protocol import StateRequest
-from deltamoe.server.service import scope_of, service_of
+from deltamoe.server.service import aside, scope_of, service_of
 
 __all__ = ["router"]
 
@@ -28,15 +27,15 @@ async def keep(body: StateRequest, request: Request) -> dict[str, Any]:
     before = service.kept(request, body.state)
     is_begun = before is not None
     if body.messages is not None:
-        ids = await asyncio.to_thread(
-            service.conversation, body.messages, is_begun=is_begun, is_answered=False
+        ids = await aside(
+            request, service.conversation, body.messages, is_begun=is_begun, is_answered=False
         )
     elif body.prompt is not None:
-        [ids] = await asyncio.to_thread(service.documents, body.prompt, is_begun=is_begun)
+        [ids] = await aside(request, service.documents, body.prompt, is_begun=is_begun)
     reading = EngineRequest(
-        prompt=ids, max_tokens=0, state=before, keep_state=True, scope=scope_of(request)
+        prompt=ids, max_tokens=0, state=before, keep_state=True, scope=service.prefix_scope(request)
     )
-    batch = Batch(service.engine, service.metrics, [reading])
+    batch = Batch(service, [reading])
     [result] = await until_disconnect(request, batch.run())
     state = result.choices[0].state
     if state is None:

@@ -35,15 +35,18 @@ class PieceStream:
         self._batch = batch
         self._ready: dict[tuple[int, int], list[Piece]] = {}
         self._has_news = asyncio.Event()
+        self._is_reading = asyncio.Event()
+        self._is_reading.set()
         self._run = asyncio.create_task(batch.run(self._deliver))
         self._run.add_done_callback(self._note_end)
         self._pace = pace
         self._is_closed = False
         pace.num_streams += 1
 
-    def _deliver(self, number: int, piece: Piece) -> None:
+    async def _deliver(self, number: int, piece: Piece) -> None:
         self._ready.setdefault((number, piece.index), []).append(piece)
         self._has_news.set()
+        await self._is_reading.wait()
 
     def _note_end(self, run: asyncio.Task[list[Result]]) -> None:
         self._has_news.set()
@@ -69,8 +72,11 @@ class PieceStream:
 
     async def pause(self) -> None:
         """Let a few tokens gather if many streams are open."""
-        if not self._run.done():
-            await asyncio.sleep(self._pace.interval_s)
+        if not self._run.done() and (interval_s := self._pace.interval_s):
+            self._is_reading.clear()
+            await asyncio.sleep(interval_s)
+            self._is_reading.set()
+            await asyncio.sleep(0)  # what has gathered is delivered before it is sent
 
     def close(self) -> None:
         """Cancel what is not finished."""
@@ -93,9 +99,12 @@ def _joined(pieces: list[Piece]) -> Piece:
     )
 
 
+_JSON = json.JSONEncoder(separators=(",", ":"))  # ``json.dumps`` would make one for each event
+
+
 def event(data: Any) -> bytes:
     """One event."""
-    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _JSON.encode(data).encode() + b"\n\n"
 
 
 class EventStream(Response):

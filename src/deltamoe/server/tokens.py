@@ -5,43 +5,44 @@ nothing but the name of a special token is looked up, since that is how evaluati
 its id.
 """
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.responses import Response
 
+from deltamoe.server.answers import answered
 from deltamoe.server.protocol import DetokenizeRequest, TokenizeRequest
-from deltamoe.server.service import service_of
+from deltamoe.server.service import Service, service_of
 
 __all__ = ["router"]
 
 router = APIRouter()
 
 
-@router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+@router.post("/tokenize", response_model=None)
+async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """The ids of a text or of a conversation, as the model reads them."""
-    service = service_of(request)
+    return await answered(_tokenized, service_of(request), body)
+
+
+def _tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     special = service.tokenizer.special_ids
     if body.messages is not None:
-        ids = await asyncio.to_thread(service.conversation, body.messages)
+        ids = service.conversation(body.messages)
     elif (prompt := body.prompt or "") in special:
         ids = (special[prompt],)
     else:
-        ids = await asyncio.to_thread(
-            service.document, prompt, is_begun=not body.add_special_tokens
-        )
-    return {
-        "tokens": list(ids),
-        "count": len(ids),
-        "max_model_len": service.context,
-    }
+        ids = service.document(prompt, is_begun=not body.add_special_tokens)
+    return {"tokens": ids, "count": len(ids), "max_model_len": service.context}
 
 
-@router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
+@router.post("/detokenize", response_model=None)
+async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of some ids."""
-    service = service_of(request)
+    return await answered(_detokenized, service_of(request), body)
+
+
+def _detokenized(service: Service, body: DetokenizeRequest) -> dict[str, Any]:
     service.check_ids(body.tokens)
     return {"prompt": service.tokenizer.decode(body.tokens)}
 
