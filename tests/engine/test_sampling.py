@@ -45,6 +45,29 @@ def one(sampling, logits, row):
     return chosen
 
 
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"top_p": 1e-46},
+        {"min_p": 1.0},
+        {"min_p": 1e-46},
+        {"temperature": 1e-46},
+        {"temperature": 100.0},
+        {"repetition_penalty": 0.01},
+        {"repetition_penalty": 100.0},
+        {"presence_penalty": 100.0, "frequency_penalty": -100.0},
+        {"logit_bias": {1: 1e30, 2: -1e30}},
+    ],
+    ids=str,
+)
+def test_whatever_is_asked_for_an_id_of_the_vocabulary_is_drawn(sampling, logits, extreme):
+    for seed, row in enumerate(logits):
+        rules = {"temperature": 1.0, "num_logprobs": 2, **extreme}
+        chosen = one(sampling, row * 100, sequence(seed, **rules))
+        assert isinstance(chosen, int)
+        assert 0 <= chosen < TOKENIZER.vocab_size
+
+
 def test_a_row_does_not_see_its_neighbours(sampling, logits):
     rows = [sequence(seed, **rules) for seed, rules in enumerate(RULES)]
     together = sampling.choose(logits.clone(), rows)

@@ -57,7 +57,7 @@ def test_top_k_keeps_ties(seen):
     assert kept(TopK(2)(logits, seen[:1, :5])) == [[1, 2, 3, 4]]
 
 
-@pytest.mark.parametrize("p", [1e-9, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("p", [1e-46, 1e-9, 0.3, 0.9, 0.999])  # the first is 0 in fp32
 def test_top_p_by_definition(logits, seen, p):
     expected = []
     for row in logits.tolist():
@@ -68,6 +68,7 @@ def test_top_p_by_definition(logits, seen, p):
                 break
         expected.append(sorted(nucleus))
     assert kept(TopP(p)(logits, seen)) == expected
+    assert kept(TopP(torch.full((len(logits), 1), p))(logits, seen)) == expected
 
 
 @pytest.mark.parametrize("p", [0.01, 0.2, 1.0])

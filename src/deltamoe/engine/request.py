@@ -96,7 +96,11 @@ class Request:
             ("top_k", "a whole number >= 0 (0 keeps all)", self.top_k >= 0),
             ("top_p", "a number > 0 and <= 1", 0.0 < self.top_p <= 1.0),
             ("min_p", "a number from 0 to 1", 0.0 <= self.min_p <= 1.0),
-            ("repetition_penalty", "a number > 0 and <= 100", 0.0 < self.repetition_penalty <= 100),
+            (
+                "repetition_penalty",
+                "a number from 0.01 to 100",
+                0.01 <= self.repetition_penalty <= 100,
+            ),
             ("presence_penalty", "a number from -100 to 100", abs(self.presence_penalty) <= 100),
             ("frequency_penalty", "a number from -100 to 100", abs(self.frequency_penalty) <= 100),
             ("seed", "a whole number from -2**63 to 2**63 - 1", _fits_64_bits(self.seed)),

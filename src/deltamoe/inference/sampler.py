@@ -100,9 +100,9 @@ class TopP:
     def __call__(self, logits: Logits, seen: Seen) -> Logits:
         ordered, ids = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
         total_before = ordered.cumsum(dim=-1) - ordered
-        is_dropped = torch.empty_like(ids, dtype=torch.bool).scatter(
-            -1, ids, total_before >= self.p
-        )
+        is_over = total_before >= self.p
+        is_over[..., 0] = False  # a tiny p is 0 in fp32
+        is_dropped = torch.empty_like(is_over).scatter(-1, ids, is_over)
         return logits.masked_fill(is_dropped, -torch.inf)
 
 
@@ -181,10 +181,10 @@ class Sampler:
         _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "a number > 0 and <= 1")
         _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "a number from 0 to 1")
         _require(
-            0.0 < self.repetition_penalty <= 100.0,
+            0.01 <= self.repetition_penalty <= 100.0,
             "repetition_penalty",
             self.repetition_penalty,
-            "a number > 0 and <= 100 (1 does nothing)",
+            "a number from 0.01 to 100 (1 does nothing)",
         )
         _require(0 <= self.seed < 2**63, "seed", self.seed, "a whole number from 0 to 2**63 - 1")
 
