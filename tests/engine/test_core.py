@@ -443,11 +443,11 @@ def test_a_failing_chunk_fails_its_request_alone(monkeypatch):
     bad, good = submit(core, mixed()[3]), submit(core, mixed()[0])
     prefill, calls = core.reader.prefill, []
 
-    def failing(handle, ids):
+    def failing(handle, ids, **how):
         calls.append(len(ids))
         if len(calls) == 2:
             raise MemoryError("no room for a chunk")
-        return prefill(handle, ids)
+        return prefill(handle, ids, **how)
 
     monkeypatch.setattr(core.reader, "prefill", failing)
     drain(core)
@@ -511,3 +511,30 @@ def test_bf16_is_the_same_together():
     model = tiny_model(torch.bfloat16)
     expected = everything(solo(Core(model, TOKENIZER, COLD), mixed()))
     assert everything(answers(Core(model, TOKENIZER, COLD), mixed())) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("single_tokens", [0, 8])
+def test_every_token_visits_as_many_experts(dtype, single_tokens):
+    model = model_of("hybrid", dtype)
+    core = Core(model, TOKENIZER, replace(COLD, single_tokens=single_tokens))
+    answers(core, [Request(prompt=prompt(TEXT[:at]), max_tokens=at) for at in (3, 20, 41)])
+    counters = core.counters
+    # the last token of an answer is drawn and not read; that of a prompt is read to draw the first
+    num_read = counters.num_prompt_tokens + counters.num_generated_tokens
+    per_token = model.config.moe.experts_per_token
+    dense, *sparse = core.reader.expert_counts.sum(-1).tolist()
+    assert dense == 0
+    assert sparse == [num_read * per_token] * 3
+
+
+def test_the_experts_of_decoded_tokens_are_those_the_model_chooses():
+    model = model_of("hybrid")
+    request = Request(prompt=prompt(TEXT), max_tokens=20, ignore_end=True)
+    core = Core(model, TOKENIZER, COLD)
+    [result] = answers(core, [request])
+    ids = torch.tensor([[*request.prompt, *result.choices[0].ids[:-1]]])
+    with torch.inference_mode():
+        routings = model.hidden(ids).routings
+    expected = [[0] * 5 if routing is None else routing.counts.tolist() for routing in routings]
+    assert core.reader.expert_counts.tolist() == expected

@@ -346,7 +346,7 @@ class Core:
         begin = sequence.num_read
         end = sequence.chunk_end(self.options.prefill_chunk)
         sequence.is_bound = True
-        hidden = self.reader.prefill(handle, job.ids[begin:end])
+        hidden = self.reader.prefill(handle, job.ids[begin:end], is_counted=not job.is_audit)
         sequence.num_read = end
         self._counters_of(job).num_prompt_tokens += end - begin
         if not sequence.cuts or end > abs(sequence.cuts[-1]):

@@ -48,7 +48,7 @@ class EngineStats:
         cache_bytes: of the states that are kept.
         num_snapshots: states that are kept.
         num_evicted: states that made room for others.
-        expert_counts: for each layer, how many tokens of prompts each expert was given.
+        expert_counts: for each layer, how many tokens each expert was given.
     """
 
     size: PoolSize

@@ -10,13 +10,14 @@ import logging
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from deltamoe.engine.prefix_tree import Ids
 from deltamoe.engine.sequence import Sequence
 from deltamoe.engine.state_pool import Handle, StatePool
-from deltamoe.model import Decoder, HybridLM, KdaState, MlaState, ModelState
+from deltamoe.layers import Moe
+from deltamoe.model import Decoder, HybridLM, KdaState, MlaState, ModelState, Routing
 from deltamoe.model.description import UnsupportedError
 
 __all__ = ["Batch", "Reader"]
@@ -91,8 +92,8 @@ class Reader:
         num_single: ``EngineOptions.single_tokens``.
 
     Attributes:
-        expert_counts: [layers, E] int64, tokens of chunks that each expert was given; None for a
-            model without experts.
+        expert_counts: [layers, E] int64, tokens that each expert was given, those of audits left
+            out; None for a model without experts.
         num_single: longest end of a prompt that is read token by token.
     """
 
@@ -108,36 +109,45 @@ class Reader:
         if self._decoder is not None:
             most = min(_SINGLE_BYTES // self._decoder.bytes_per_token, _MOST_SINGLE)
             self.num_single = most if num_single is None else num_single
-        config = model.config
-        self.expert_counts = (
-            torch.zeros(config.num_layers, config.moe.num_experts, dtype=torch.int64)
-            if config.moe
-            else None
-        )
+        self.expert_counts: Tensor | None = None
+        if (moe := model.config.moe) is not None:
+            self.expert_counts = torch.zeros(
+                model.config.num_layers, moe.num_experts, dtype=torch.int64
+            )
+            self._with_experts = [
+                at for at, block in enumerate(model.blocks) if isinstance(block.channel, Moe)
+            ]
+            self._first_ids = moe.num_experts * torch.tensor(self._with_experts)[:, None, None]
+            self._experts_per_token = moe.experts_per_token
 
     @property
     def has_decoder(self) -> bool:
         """Whether rows are kept from touching each other's bits."""
         return self._decoder is not None
 
-    def prefill(self, handle: Handle, ids: Ids) -> Float[Tensor, "T D"]:
+    def prefill(self, handle: Handle, ids: Ids, *, is_counted: bool = True) -> Float[Tensor, "T D"]:
         """Read a chunk of one prompt, whose pages have been reserved; return the hidden states."""
         state = self._pool.read(handle)
         row = torch.from_numpy(ids)[None].to(state.lengths.device)
         out = self._model.hidden(row, state if handle.length else None)
         assert out.state is not None
         self._pool.write(handle, out.state, handle.length + len(ids))
-        if self.expert_counts is not None:
-            for layer, routing in enumerate(out.routings):
-                if routing is not None:
-                    self.expert_counts[layer] += routing.counts.cpu()
+        if is_counted:
+            self._count(out.routings)
         return out.hidden[0]
 
     def decode(self, batch: Batch) -> Float[Tensor, "B vocab"]:
         """Read one token of every row; the page it goes to has been reserved."""
         ids, lengths, slots, pages = map(torch.from_numpy, batch.arrays())
         if self._decoder is not None:
-            logits = self._decoder.step_in_pool(ids, lengths, self._pool.state, slots, pages)
+            chosen = None
+            if self.expert_counts is not None:
+                chosen = ids.new_zeros(len(self.expert_counts), len(ids), self._experts_per_token)
+            logits = self._decoder.step_in_pool(
+                ids, lengths, self._pool.state, slots, pages, expert_ids=chosen
+            )
+            if chosen is not None:
+                self._count_chosen(chosen, batch)
         else:
             logits = self._gathered(ids, lengths, slots, pages)
         for row in batch.rows:
@@ -158,13 +168,30 @@ class Reader:
             else MlaState(*(part[pages].flatten(1, 2)[:, :longest] for part in layer))
             for layer in place
         ]
-        logits, after = self._model(ids[:, None], ModelState(tuple(layers), lengths))
-        for layer, new in zip(place, after.layers, strict=True):
+        out = self._model.hidden(ids[:, None], ModelState(tuple(layers), lengths))
+        self._count(out.routings)  # all of them: without a decoder there are no audits
+        assert out.state is not None
+        for layer, new in zip(place, out.state.layers, strict=True):
             for part, value in zip(layer, new, strict=True):
                 if isinstance(layer, KdaState):
                     part[slots] = value
                 else:
                     page = pages[rows, lengths // page_tokens]
                     part[page, lengths % page_tokens] = value[rows, lengths]
-        last: Tensor = logits[:, -1]
-        return last
+        return self._model.logits(out.hidden[:, -1])
+
+    def _count(self, routings: tuple[Routing | None, ...]) -> None:
+        if self.expert_counts is None:
+            return
+        for layer, routing in enumerate(routings):
+            if routing is not None:
+                self.expert_counts[layer] += routing.counts.cpu()
+
+    def _count_chosen(self, chosen: Int[Tensor, "layers B A"], batch: Batch) -> None:
+        assert self.expert_counts is not None
+        rows = [at for at, row in enumerate(batch.rows) if not row.job.is_audit]
+        if len(rows) < len(batch.rows):
+            chosen = chosen[:, rows]
+        ids = (chosen[self._with_experts] + self._first_ids).flatten()
+        counts = self.expert_counts.view(-1)
+        counts += torch.bincount(ids, minlength=len(counts))

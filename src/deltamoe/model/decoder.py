@@ -93,7 +93,8 @@ class Decoder:
         if reason := native.why_not("decode"):
             raise UnsupportedError(reason)
         self._description = describe(model)
-        self._vocab_size = config.vocab_size
+        self._vocab_size, self._num_layers = config.vocab_size, config.num_layers
+        self._experts_per_token = config.moe.experts_per_token if config.moe else 0
         self._initial_state = model.initial_state
         self._handle: int = _library().decoder_new(ctypes.byref(self._description.model))
         weakref.finalize(self, _library().decoder_free, self._handle)
@@ -155,6 +156,8 @@ class Decoder:
         pool: PooledState,
         slots: Int[Tensor, "B"],
         pages: Int[Tensor, "B max_pages"],
+        *,
+        expert_ids: Int[Tensor, "layers B A"] | None = None,
     ) -> Float[Tensor, "B vocab"]:
         """Read one token of every row, whose states are changed where they are in a pool.
 
@@ -169,6 +172,8 @@ class Decoder:
             pages: int64, token ``s`` of a row is in its page ``s // page_tokens``. Rows may share
                 pages that they only read. The page of the new token must be in the table, and be
                 the row's own; what comes behind it is not looked at.
+            expert_ids: int64; is given the experts that each layer chose for each row, the best
+                first. Layers without experts leave it as it is.
 
         Returns:
             Logits in fp32.
@@ -178,6 +183,8 @@ class Decoder:
                 two rows, tensors that do not fit each other, or a pool of another model.
         """
         rows = len(ids)
+        if expert_ids is not None:
+            _check(expert_ids, (self._num_layers, rows, self._experts_per_token), torch.int64)
         if not rows:
             return torch.empty(0, self._vocab_size)
         for name, tensor in (("ids", ids), ("lengths", lengths), ("slots", slots)):
@@ -191,7 +198,7 @@ class Decoder:
                 self._pool = _Pool(pool, self._initial_state(1))
             self._pool.check_rows(lengths, slots, pages)
             return self._read(
-                ids, lengths, self._pool.described, slots, pages, self._pool.page_tokens
+                ids, lengths, self._pool.described, slots, pages, self._pool.page_tokens, expert_ids
             )
 
     def _check_ids(self, ids: Tensor) -> None:
@@ -210,11 +217,16 @@ class Decoder:
         slots: Tensor,
         pages: Tensor,
         page_tokens: int,
+        expert_ids: Tensor | None = None,
     ) -> Tensor:
         logits = torch.empty(len(ids), self._vocab_size)
         tensors = [tensor.contiguous() for tensor in (ids, lengths, slots, slots, pages)]
         batch = Batch(
-            len(ids), *(tensor.data_ptr() for tensor in tensors), pages.shape[1], page_tokens
+            len(ids),
+            *(tensor.data_ptr() for tensor in tensors),
+            pages.shape[1],
+            page_tokens,
+            None if expert_ids is None else expert_ids.data_ptr(),
         )
         most_threads = self.bytes_per_token // _BYTES_PER_THREAD
         _library().decoder_step(

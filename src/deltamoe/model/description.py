@@ -102,7 +102,7 @@ class Batch(ctypes.Structure):
 
     _fields_ = (
         *_fields(whole="rows", pointers="ids past slots_before slots_after pages"),
-        *_fields(whole="max_pages page_tokens"),
+        *_fields(whole="max_pages page_tokens", pointers="expert_ids"),
     )
 
 

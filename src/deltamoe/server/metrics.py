@@ -123,7 +123,7 @@ class _EngineNumbers:
         yield spent
         load = CounterMetricFamily(
             "deltamoe_expert_tokens",
-            "Tokens that each expert was given in chunks of prompts.",
+            "Tokens that each expert was given.",
             labels=["layer", "expert"],
         )
         for layer, experts in enumerate(stats.expert_counts):

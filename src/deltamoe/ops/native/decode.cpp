@@ -89,6 +89,7 @@ struct Batch {
   const int64_t *slots_before, *slots_after;
   const int64_t* pages;
   int64_t max_pages, page_tokens;
+  int64_t* expert_ids;  // [layers, rows, experts_per_token], where experts are chosen; or null
 };
 
 namespace {
@@ -417,7 +418,7 @@ class Decoder {
         if (model_.state_kind == BF16) remember<bf16>(t, layer, states[i]);
         else remember<float>(t, layer, states[i]);
       }
-      answer(t, layer);
+      answer(t, layer, i);
     }
     const Vector* x = normalize(t, x_, model_.norm, model_.dim, model_.norm_eps, {&model_.head});
     multiply(t, {{model_.head, x, {logits, model_.vocab}}});
@@ -866,7 +867,7 @@ class Decoder {
 
   // --- the channel ----------------------------------------------------------------------------
 
-  void answer(Thread& t, const Layer& layer) {
+  void answer(Thread& t, const Layer& layer, int64_t index) {
     const Channel& c = layer.channel;
     const Vector* x = normalize(t, x_, layer.channel_norm, model_.dim, model_.norm_eps,
                                 {&c.gate, &c.up, &c.router, &c.w_gate, &c.w_up});
@@ -881,7 +882,7 @@ class Decoder {
     }
     meet(t);
     if (c.num_experts) {
-      route(t, c);
+      route(t, c, rows_.expert_ids + index * batch_ * c.experts_per_token);
       visit_experts(t, c, x);
       meet(t);
     }
@@ -978,7 +979,7 @@ class Decoder {
   }
 
   // As layers/router.py: the best first, ties to the lower index.
-  void route(Thread& t, const Channel& c) {
+  void route(Thread& t, const Channel& c, int64_t* expert_ids) {
     const int64_t E = c.num_experts, A = c.experts_per_token;
     Choices& chosen = shares_ ? choices_ : t.choices;
     chosen.reserve(batch_ * A);
@@ -998,6 +999,7 @@ class Decoder {
         chosen.ids[b * A + a] = best;
         weights[a] = scores[best] + (c.weighs_with_bias ? c.bias[best] : 0.f);
         preference[best] = -INFINITY;
+        if (rows_.expert_ids && (shares_ || t.me == 0)) expert_ids[b * A + a] = best;
       }
       if (c.scoring == BY_TOPK_SOFTMAX) {
         softmax(weights, A);
