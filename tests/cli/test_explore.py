@@ -100,10 +100,11 @@ def test_a_port_that_is_taken(trace_file: Path, capsys: pytest.CaptureFixture[st
 def test_what_is_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"<script>" * 10)
-    for wrong in (path, tmp_path / "nothing"):
+    for wrong, sentence in ((path, "header"), (tmp_path / "nothing", "there is nothing there")):
         assert main(["explore", str(wrong), "--json"]) == 3
         said = capsys.readouterr()
         assert said.err.startswith("error: ")
+        assert sentence in said.err
         assert not said.out
 
 

@@ -69,6 +69,11 @@ def command(
     from deltamoe.explorer import read_trace, views
     from deltamoe.explorer.runs import METRICS, runs_folder
 
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: expected a run, a step folder, a published one or a trace file; "
+            "there is nothing there"
+        )
     folder = runs_folder(path)
     first = live = None
     if path.is_dir():
