@@ -35,7 +35,7 @@ from deltamoe.ops.kda import kda_chunk, kda_recurrent
 
 T, H, K, V = 2048, 8, 128, 128
 USEFUL = T * H * (640 * K + 6 * K * V)
-OURS = "chunk, native"
+OURS, NARROW, PEER = "chunk, native", "chunk, native, bf16", "transformers, torch path"
 
 
 def inputs(time: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -75,14 +75,14 @@ def fla_naive() -> Callable[..., Any]:
 # name: (what makes the function, dtype of q, k and v, repeats)
 ROWS: dict[str, tuple[Callable[[], Callable[..., Any]], torch.dtype, int]] = {
     OURS: (lambda: partial(kda_chunk, backend="native"), torch.float32, 11),
-    "chunk, native, bf16": (lambda: partial(kda_chunk, backend="native"), torch.bfloat16, 11),
+    NARROW: (lambda: partial(kda_chunk, backend="native"), torch.bfloat16, 11),
     "chunk, dyadic (PyTorch)": (lambda: partial(kda_chunk, backend="dyadic"), torch.float32, 5),
     "recurrent, reference": (
         lambda: partial(kda_recurrent, backend="reference"),
         torch.float32,
         1,
     ),
-    "transformers, torch path": (transformers_chunk, torch.float32, 1),
+    PEER: (transformers_chunk, torch.float32, 1),
     "fla, naive_chunk": (fla_naive, torch.float32, 1),
 }
 
@@ -106,7 +106,7 @@ def measure(name: str) -> dict[str, float]:
 
     def both() -> None:
         out = function(*tensors)[0]
-        torch.autograd.grad(out.float().sum(), tensors)
+        torch.autograd.grad(out, tensors, torch.ones_like(out))
 
     return {
         "forward": machine.median_seconds(forward, repeats),
@@ -130,7 +130,7 @@ def run(tensors: list[Tensor], *, has_gradient: bool) -> None:
     with torch.set_grad_enabled(has_gradient):
         out = kda_chunk(*tensors, backend="native")[0]
         if has_gradient:
-            torch.autograd.grad(out.float().sum(), tensors)
+            torch.autograd.grad(out, tensors, torch.ones_like(out))
 
 
 def precisions() -> None:
@@ -202,6 +202,13 @@ def main() -> None:
                 f"{row['both'] / ours['both']:8.2f} x "
                 f"{row['extra_bytes'] / ours['extra_bytes']:7.1f} x"
             )
+    if (peer := rows.get(PEER)) and (narrow := rows.get(NARROW)):
+        print("native in bf16 against")
+        print(
+            f"{PEER:26s} {peer['forward'] / narrow['forward']:8.2f} x "
+            f"{peer['both'] / narrow['both']:8.2f} x "
+            f"{peer['extra_bytes'] / narrow['extra_bytes']:7.1f} x"
+        )
 
     precisions()
     print("\nprefill: the cost of a token must not grow with the length")
