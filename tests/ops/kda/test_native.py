@@ -5,6 +5,7 @@ import torch
 
 from deltamoe.ops.backend import select
 from deltamoe.ops.kda import kda_chunk, kda_recurrent
+from deltamoe.ops.kda import native as native_kda
 from deltamoe.ops.native import why_not
 from tests.ops.kda.inputs import REGIMES, H, K, V, assert_same, kda_inputs, outputs_and_gradients
 
@@ -34,6 +35,27 @@ def test_chunk_is_the_recurrence(regime: str, T: int) -> None:
     inputs = kda_inputs(regime, T, torch.float32)
     # fp32 rounds at 6e-8, times the length of a chain of nearly cancelling corrections
     assert_same(native(inputs), exact(inputs), 1e-4)
+
+
+def kept_bytes(dtype: torch.dtype) -> int:
+    inputs = kda_inputs("random", 128, dtype, sizes=(1, 2, 2, 64, 32))
+    out, _ = kda_chunk(*inputs.values(), backend="native")
+    lent = {x.data_ptr() for x in inputs.values()}
+    return sum(x.nbytes for x in out.grad_fn.saved_tensors if x.data_ptr() not in lent)
+
+
+def test_what_is_kept_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing without gradients; half of the memories, deltas and reads where products round."""
+    chunks, heads, K, V, C = 2, 2, 64, 32, 64
+    rounded, system = K * V + C * V + C * C, C * C
+    rounds = native_kda._library().kda_rounds(1)
+    assert kept_bytes(torch.float32) == chunks * heads * 4 * (rounded + system)
+    size = 2 if rounds else 4
+    assert kept_bytes(torch.bfloat16) == chunks * heads * (size * rounded + 4 * system)
+    monkeypatch.setattr(native_kda, "_set_saved", None)  # not callable
+    inputs = kda_inputs("random", 20, torch.float32)
+    with torch.no_grad():
+        kda_chunk(*inputs.values(), backend="native")
 
 
 @pytest.mark.parametrize("sizes", SIZES)

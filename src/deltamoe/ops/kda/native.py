@@ -2,7 +2,7 @@
 
 The same arithmetic as ``dyadic`` (survival by halves, exact for any decay), in fp32, with inputs
 and outputs in fp32 or bf16. For the backward pass it keeps the inputs, the memory at each chunk's
-start, and per chunk the deltas and two C x C matrices.
+start, and per chunk the deltas and two C x C matrices: in bf16 what only rounded products read.
 
 Boundary: lays tensors out for ``ops/native/kda.cpp``, which holds the algorithm.
 """
@@ -22,7 +22,7 @@ from deltamoe.ops.native import open_library
 
 __all__ = ["kda_chunk", "kda_recurrent"]
 
-_BLOCK = 16
+_BLOCK, _TILE = 16, 32
 _LARGEST_CHUNK = 128
 
 
@@ -70,9 +70,10 @@ def kda_chunk(
     memory = initial_memory(q, v, memory, cu_seqlens)
     if v.numel() == 0 or memory.numel() == 0:
         return v, memory
+    inputs = (*_lay_out(q, k, v, log_decay, beta), memory.contiguous())
     result: tuple[Tensor, Tensor] = _KdaChunk.apply(  # type: ignore[no-untyped-call]
-        *_lay_out(q, k, v, log_decay, beta),
-        memory.contiguous(),
+        *inputs,
+        torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
         cu_seqlens,
         min(max(1 << (chunk_size.bit_length() - 1), _BLOCK), _LARGEST_CHUNK),
     )
@@ -134,6 +135,7 @@ def _library() -> ctypes.CDLL:
     for function in (library.kda_forward, library.kda_recurrent):
         function.argtypes = [POINTER(_Problem), c_void_p]
         function.restype = None
+    library.kda_rounds.argtypes, library.kda_rounds.restype = [c_int64], c_int64
     library.kda_backward.argtypes = [POINTER(_Problem), POINTER(_Gradients), c_void_p]
     library.kda_backward.restype = None
     return library
@@ -192,6 +194,7 @@ class _KdaChunk(torch.autograd.Function):
         log_decay: Tensor,
         beta: Tensor,
         memory: Tensor,
+        keeps: bool,
         cu_seqlens: Tensor | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
@@ -202,12 +205,18 @@ class _KdaChunk(torch.autograd.Function):
         inputs = (q, k, v, log_decay, beta)
         problem = _problem(inputs, out, sequences, memory, chunk)
         problem.final_memory = final.data_ptr()
-        if any(ctx.needs_input_grad):
+        if keeps:
             K, V = (-(-n // _BLOCK) * _BLOCK for n in (q.shape[3], v.shape[3]))
-            shapes = ((K, V), (chunk, V), (chunk, chunk), (chunk, chunk))
+            rounds = _library().kda_rounds(v.dtype == torch.bfloat16)
+            # What is rounded is kept so, in rows as long as the tiles it is read in.
+            kind, unit = (torch.bfloat16, _TILE) if rounds else (torch.float32, _BLOCK)
             saved = [
-                memory.new_empty(sequences.num_chunks, value_heads, *shape) for shape in shapes
+                memory.new_empty(
+                    sequences.num_chunks, value_heads, rows, -(-columns // unit) * unit, dtype=kind
+                )
+                for rows, columns in ((K, V), (chunk, V), (chunk, chunk))
             ]
+            saved.append(memory.new_empty(sequences.num_chunks, value_heads, chunk, chunk))
             _set_saved(problem, saved)
             ctx.save_for_backward(*inputs, *saved)
             ctx.sequences, ctx.chunk = sequences, chunk
@@ -246,6 +255,7 @@ class _KdaChunk(torch.autograd.Function):
         return (
             *(d.to(x.dtype) for d, x in zip(found, inputs, strict=True)),
             d_memory,
+            None,
             None,
             None,
         )

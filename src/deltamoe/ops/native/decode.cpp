@@ -116,22 +116,6 @@ struct CacheLines {  // an allocator
 template <class T>
 using Room = std::vector<T, CacheLines<T>>;
 
-// `p` is a whole number of vectors from a line's start.
-inline void store_past_caches(float* p, vec x) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(p, (__m512)x);
-#elif defined(__AVX__)
-  _mm256_stream_ps(p, (__m256)x);
-#else
-  store(p, x);
-#endif
-}
-inline void finish_stores_past_caches() {
-#if defined(__AVX__)
-  _mm_sfence();
-#endif
-}
-
 // Vectors of one width, zero up to their padded width.
 struct Rows {
   Room<float> numbers;

@@ -46,13 +46,32 @@ class Tiles {
 // What follows may load tiles from all that was stored so far: GCC's intrinsic does not say so.
 static inline void before_tile_loads() { asm volatile("" : : : "memory"); }
 
-// Of two rows of 16 numbers: (first[0], second[0], first[1], second[1], ...) in bf16.
-static inline __m512i bf16_pairs(vec first, vec second) {
-  const __m512i in_turn = _mm512_set_epi16(
+// Two rows of 16 numbers in bf16, one behind the other.
+static inline __m512i bf16_both(vec first, vec second) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+
+// Of such rows: (first[0], second[0], first[1], second[1], ...).
+static inline __m512i in_turn(__m512i both) {
+  const __m512i order = _mm512_set_epi16(
       31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
       19, 3, 18, 2, 17, 1, 16, 0);
-  __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-  return _mm512_permutexvar_epi16(in_turn, (__m512i)both);
+  return _mm512_permutexvar_epi16(order, both);
+}
+static inline __m512i bf16_pairs(vec first, vec second) {
+  return in_turn(bf16_both(first, second));
+}
+
+// Rows of columns that are to be terms: pairs(k, m) of numbers m to m + 15 of the rows k and k + 1
+// go to row m of `to`, whose rows are `width` terms apart. M is a multiple of 16, K of 32.
+template <class Pairs>
+static inline void pack_columns(int M, int K, Pairs pairs, bf16* to, int width) {
+  alignas(64) float square[16 * 16];  // of pairs
+  for (int k = 0; k < K; k += 32)
+    for (int m = 0; m < M; m += 16) {
+      for (int i = 0; i < 16; i++) _mm512_store_si512(square + 16 * i, pairs(k + 2 * i, m));
+      transpose_square(square, 16, reinterpret_cast<float*>(to + m * width + k), width / 2);
+    }
 }
 
 // bf16 numbers an operand takes: `lines` rows or columns, and the terms filled up to 32.
@@ -74,30 +93,112 @@ static void pack_left(int M, int K, Strided a, float sign, bf16* to) {
       }
     return;
   }
-  // Columns lie together: pair them, then turn squares of 16 pairs.
-  alignas(64) float pairs[16 * 16];
-  for (int k = 0; k < width; k += 32)
-    for (int m = 0; m < M; m += 16) {
-      for (int i = 0; i < 16; i++) {
-        const float* from = a.p + (k + 2 * i) * a.column + m;
-        vec first = k + 2 * i < K ? load(from) * by : vec{};
-        vec second = k + 2 * i + 1 < K ? load(from + a.column) * by : vec{};
-        _mm512_store_si512(pairs + 16 * i, bf16_pairs(first, second));
-      }
-      transpose_square(pairs, 16, reinterpret_cast<float*>(to + m * width + k), width / 2);
-    }
+  const auto pairs = [&](int k, int m) {
+    const float* from = a.p + k * a.column + m;
+    return bf16_pairs(k < K ? load(from) * by : vec{},
+                      k + 1 < K ? load(from + a.column) * by : vec{});
+  };
+  pack_columns(M, width, pairs, to, width);
 }
 
-// B [K, N] to tiles of 16 pairs of rows and 16 columns, K's tiles outermost.
-static void pack_right(int N, int K, const float* b, ptrdiff_t ldb, bf16* to) {
+// The same of bf16 rows [K, M], `row` numbers apart.
+static inline void pack_left_turned(int M, int K, const bf16* rows, int row, bf16* to) {
+  const auto half = [&](int k, int m) {
+    return k < K ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + k * row + m))
+                 : _mm256_setzero_si256();
+  };
+  const auto pairs = [&](int k, int m) {
+    return in_turn(_mm512_inserti64x4(_mm512_castsi256_si512(half(k, m)), half(k + 1, m), 1));
+  };
+  const int width = (K + 31) / 32 * 32;
+  pack_columns(M, width, pairs, to, width);
+}
+
+// x * y * sign, and * by[k] if given, of rows [K, M] without gaps, as what stands left of a product
+// over the rows.
+static inline void pack_product_turned(int M, int K, const float* x, const float* y,
+                                       const float* by, float sign, bf16* to, int width) {
+  const auto term = [&](int k, int m) {
+    if (k >= K) return vec{};
+    return load(x + k * M + m) * load(y + k * M + m) * splat(by ? sign * by[k] : sign);
+  };
+  const auto pairs = [&](int k, int m) { return bf16_pairs(term(k, m), term(k + 1, m)); };
+  pack_columns(M, (K + 31) / 32 * 32, pairs, to, width);
+}
+
+// Terms [K, N] to tiles of 16 pairs of rows and 16 columns, K's tiles outermost: what stands right
+// of a product. both(k, n): numbers n to n + 15 of the rows k and k + 1.
+template <class Both>
+static inline void pack_rows(int N, int K, Both both, bf16* to) {
   for (int k = 0; k < K; k += 32)
     for (int n = 0; n < N; n += 16)
       for (int i = 0; i < 16; i++, to += 32) {
-        const float* from = b + (k + 2 * i) * ldb + n;
-        vec first = k + 2 * i < K ? load(from) : vec{};
-        vec second = k + 2 * i + 1 < K ? load(from + ldb) : vec{};
-        _mm512_storeu_si512(to, bf16_pairs(first, second));
+        const __m512i rows = k + 2 * i < K ? both(k + 2 * i, n) : _mm512_setzero_si512();
+        _mm512_storeu_si512(to, in_turn(rows));
       }
+}
+
+static void pack_right(int N, int K, const float* b, ptrdiff_t ldb, bf16* to) {
+  const auto both = [&](int k, int n) {
+    const float* from = b + k * ldb + n;
+    return bf16_both(load(from), k + 1 < K ? load(from + ldb) : vec{});
+  };
+  pack_rows(N, K, both, to);
+}
+
+// The same of rows without gaps, and the numbers row by row as well, as pack_left has them; past
+// the caches if nothing reads them soon.
+template <bool streams>
+static void pack_both(int N, int K, const float* b, bf16* to, bf16* rows) {
+  const int width = (N + 31) / 32 * 32;
+  const auto keep = [&](int k, int n, __m512i line) {
+    __m512i* at = reinterpret_cast<__m512i*>(rows + k * width + n);
+    if (streams) _mm512_stream_si512(at, line);
+    else _mm512_storeu_si512(at, line);
+  };
+  for (int k = 0; k < K; k += 32)
+    for (int n = 0; n < N; n += 32) {
+      bf16* tile = to + k * N + n * 32;
+      const bool wide = n + 16 < N;
+      for (int i = 0; i < 16; i++, tile += 32) {
+        const int row = k + 2 * i;
+        const float* from = b + row * N + n;
+        __m512i low = {}, high = {};
+        if (row < K) {
+          low = bf16_both(load(from), load(from + N));
+          if (wide) high = bf16_both(load(from + 16), load(from + N + 16));
+          keep(row, n, _mm512_shuffle_i64x2(low, high, 0x44));
+          keep(row + 1, n, _mm512_shuffle_i64x2(low, high, 0xee));
+        }
+        _mm512_storeu_si512(tile, in_turn(low));
+        if (wide) _mm512_storeu_si512(tile + 512, in_turn(high));
+      }
+    }
+}
+
+// x * y of K rows of N numbers. After each `half` rows, a power of two, as many are left out.
+static inline void pack_product_right(int N, int K, int half, const float* x, const float* y,
+                                      bf16* to) {
+  const auto both = [&](int k, int n) {
+    const int at = (k + (k & -half)) * N + n;
+    return bf16_both(load(x + at) * load(y + at), load(x + at + N) * load(y + at + N));
+  };
+  pack_rows(N, K, both, to);
+}
+
+// Such rows of x * scale, and behind them those of y * scale * by[row].
+static inline void pack_products_right(int N, int K, int half, const float* x, const float* y,
+                                       const float* scale, const float* by, bf16* to) {
+  const auto both = [&](int k, int n) {
+    const bool is_x = k < K;
+    const int i = is_x ? k : k - K, row = i + (i & -half), at = row * N + n;
+    const float* from = is_x ? x : y;
+    const vec first = load(from + at) * load(scale + at);
+    const vec second = load(from + at + N) * load(scale + at + N);
+    if (is_x) return bf16_both(first, second);
+    return bf16_both(first * splat(by[row]), second * splat(by[row + 1]));
+  };
+  pack_rows(N, 2 * K, both, to);
 }
 
 // x * y * sign, and * by[row] if given, as pack_left packs it; x and y [M, K] without gaps.
@@ -162,32 +263,42 @@ static inline void tile_product(int depth, const bf16* a, int width, const bf16*
   if (ROWS == 2 && COLUMNS == 2) _tile_stored(3, c + 16 * ldc + 16, c_row);
 }
 
-// C = A B or C += A B with packed operands, over `depth` terms: a multiple of 32.
+// C = A B or C += A B with packed operands, over `depth` terms: a multiple of 32. With `scale`, row
+// m of C is first multiplied by scale[m].
 template <bool adds>
 static void gemm_packed(int M, int N, int depth, const bf16* a, int width, const bf16* b,
-                        int columns, float* c, ptrdiff_t ldc) {
+                        int columns, float* c, ptrdiff_t ldc, const float* scale = nullptr) {
   for (int n = 0; n < N; n += 32)
     for (int m = 0; m < M; m += 32) {
       const bool high = m + 16 < M, wide = n + 16 < N;
+      for (int i = m; scale && i < m + (high ? 32 : 16); i++)
+        for (int j = n; j < n + (wide ? 32 : 16); j += LANES)
+          store(c + i * ldc + j, load(c + i * ldc + j) * splat(scale[i]));
       auto block = high ? (wide ? tile_product<adds, 2, 2> : tile_product<adds, 2, 1>)
                         : (wide ? tile_product<adds, 1, 2> : tile_product<adds, 1, 1>);
       block(depth, a + m * width, width, b + n * 32, columns, c + m * ldc + n, ldc);
     }
 }
 
-// As `gemm`; `room` holds both packed operands.
-template <Into into>
-static void gemm_bf16(int M, int N, int K, Strided a, const float* b, ptrdiff_t ldb, float* c,
-                      ptrdiff_t ldc, bf16* room, const float* scale = nullptr) {
-  bf16* right = room + packed_size(M, K);
-  pack_left(M, K, a, into == Into::SUB ? -1.f : 1.f, room);
-  pack_right(N, K, b, ldb, right);
-  if (into == Into::SCALE_ADD)
-    for (int m = 0; m < M; m++)
-      for (int n = 0; n < N; n += LANES)
-        store(c + m * ldc + n, load(c + m * ldc + n) * splat(scale[m]));
-  const int width = (K + 31) / 32 * 32;
-  gemm_packed<into != Into::SET>(M, N, width, room, width, right, N, c, ldc);
+// A B block by block, each worked on while it is in the nearest cache: finish(first row, first
+// column, rows, columns, the block, from one of its rows to the next).
+template <class Finish>
+static inline void gemm_packed_blocks(int M, int N, int depth, const bf16* a, int width,
+                                      const bf16* b, int columns, Finish finish) {
+  alignas(64) float blocks[2][32 * 32];
+  const int high = (M + 31) / 32, count = high * ((N + 31) / 32);
+  // A tile is long on its way to memory: each block is finished while the next one is made.
+  for (int i = 0; i <= count; i++) {
+    const auto visit = [&](int block, auto work) {
+      const int m = block % high * 32, n = block / high * 32;
+      work(m, n, m + 16 < M ? 32 : 16, n + 16 < N ? 32 : 16, blocks[block % 2], 32);
+    };
+    if (i < count)
+      visit(i, [&](int m, int n, int rows, int cols, float* c, ptrdiff_t ldc) {
+        gemm_packed<false>(rows, cols, depth, a + m * width, width, b + n * 32, columns, c, ldc);
+      });
+    if (i) visit(i - 1, finish);
+  }
 }
 
 #else
@@ -197,14 +308,20 @@ struct Tiles {
 };
 static inline size_t packed_size(size_t, size_t) { return 0; }
 static inline void pack_left(int, int, Strided, float, bf16*) {}
+static inline void pack_left_turned(int, int, const bf16*, int, bf16*) {}
+static inline void pack_product_turned(int, int, const float*, const float*, const float*, float,
+                                       bf16*, int) {}
 static inline void pack_right(int, int, const float*, ptrdiff_t, bf16*) {}
+template <bool streams>
+static void pack_both(int, int, const float*, bf16*, bf16*) {}
+static inline void pack_product_right(int, int, int, const float*, const float*, bf16*) {}
+static inline void pack_products_right(int, int, int, const float*, const float*, const float*,
+                                       const float*, bf16*) {}
 static inline void pack_product(int, int, const float*, const float*, const float*, float, bf16*) {}
 static inline void pack_turned(int, int, const bf16*, bf16*) {}
 template <bool adds>
-static void gemm_packed(int, int, int, const bf16*, int, const bf16*, int, float*, ptrdiff_t) {}
-template <Into into>
-static void gemm_bf16(int M, int N, int K, Strided a, const float* b, ptrdiff_t ldb, float* c,
-                      ptrdiff_t ldc, bf16*, const float* scale = nullptr) {
-  gemm<into>(M, N, K, a, b, ldb, c, ldc, scale);
-}
+static void gemm_packed(int, int, int, const bf16*, int, const bf16*, int, float*, ptrdiff_t,
+                        const float* = nullptr) {}
+template <class Finish>
+static inline void gemm_packed_blocks(int, int, int, const bf16*, int, const bf16*, int, Finish) {}
 #endif

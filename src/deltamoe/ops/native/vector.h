@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -137,6 +137,43 @@ static inline void store_narrow(bf16* p, vec x) {
 #else
   for (int i = 0; i < LANES; i++) p[i] = from_float<bf16>(x[i]);
 #endif
+}
+
+// Past the caches, for what nothing reads soon: a store through them first reads what it
+// overwrites. `p` is a whole number of vectors from a line's start. Other threads are sure to see
+// it after `finish_stores_past_caches`.
+static inline void store_past_caches(float* p, vec x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX__)
+  _mm256_stream_ps(p, (__m256)x);
+#else
+  store(p, x);
+#endif
+}
+static inline void finish_stores_past_caches() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
+}
+static inline bool is_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
+
+// n numbers to where nothing reads them soon.
+static inline void copy_past_caches(const float* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; is_line(to) && i + LANES <= n; i += LANES) store_past_caches(to + i, load(from + i));
+  memcpy(to + i, from + i, (n - i) * sizeof(float));
+}
+static inline void copy_past_caches(const float* from, int64_t n, bf16* to) {
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  for (; is_line(to) && i + 32 <= n; i += 32)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i),
+                        (__m512i)_mm512_cvtne2ps_pbh((__m512)load(from + i + 16),
+                                                     (__m512)load(from + i)));
+#endif
+  for (; i + LANES <= n; i += LANES) store_narrow(to + i, load(from + i));
+  for (; i < n; i++) to[i] = from_float<bf16>(from[i]);
 }
 
 // Rows that are needed in a moment and lie too far apart for the processor to foresee.
