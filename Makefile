@@ -1,11 +1,20 @@
 # The verbs of this project. `make setup` is done by every other verb that needs it.
 #
-#   make demo    train a small model on real text for some minutes, then talk to it
-#   make test    run the tests             make check   format, lint, types
-#   make soak    a server under mixed load for 20 minutes: memory and files must stay flat
-#   make bench   speed and memory          make docs    the API reference, in build/docs
-#   make bench-large   the same with a billion parameters (15 GB of disk)
-#   make size    the largest files         make test-mlx   parity with mlx-lm (downloads it)
+#   make demo           train a small model on real text for some minutes, then talk to it
+#   make setup          an environment in .venv, with the versions of constraints.txt
+#   make check          format, lint, types
+#   make test           the tests that take seconds
+#   make test-slow      those that take minutes
+#   make test-gpu       those that need a CUDA device
+#   make test-mlx       parity with mlx-lm (downloads it)
+#   make soak           a server under mixed load for 20 minutes: memory and files must stay flat
+#   make bench          speed and memory
+#   make bench-large    the same with a billion parameters (15 GB of disk)
+#   make bench-quality  a published loss, on TEXT=input.txt (karpathy/char-rnn's)
+#   make bench-experts  what experts bring: a sparse model beside dense ones
+#   make docs           the API reference, in build/docs
+#   make size           the largest files
+#   make clean          remove the environment and what was built
 #
 # PYTHON=python3.12 chooses the interpreter; VENV=… chooses the environment's folder.
 
@@ -15,8 +24,12 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 WORKERS ?= 2
 
-.PHONY: setup demo test test-slow test-gpu test-mlx soak check docs size clean
+.PHONY: help setup demo test test-slow test-gpu test-mlx soak check docs size clean
 .PHONY: bench bench-large bench-quality bench-experts
+
+help:
+	@# the comment that this file begins with
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 setup: $(VENV)/.dev
 
@@ -94,7 +107,7 @@ docs: $(VENV)/.dev
 	$(BIN)/pdoc -o build/docs deltamoe
 	@echo "open build/docs/index.html; the guides are in docs/"
 
-size: 
+size:
 	@git ls-files '*.py' | xargs wc -l | sort -rn | head -11
 
 clean:

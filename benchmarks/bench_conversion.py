@@ -7,6 +7,7 @@ the folder for temporary files), converts it to a published folder and back, eac
 its own, and compares the bytes. Needs 28 GB of disk. Prints results/conversion.md and writes it.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -71,7 +72,9 @@ def converted(source: Path, out: Path, to: str) -> tuple[str, int]:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?")
+    with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
         root = Path(folder)
         before = synthetic(root / "ours")
         there, there_peak = converted(root / "ours", root / "hf", "hf")

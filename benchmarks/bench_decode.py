@@ -14,12 +14,10 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
-from pathlib import Path
 
 import benchmarks.machine as machine  # before torch
 import torch
-from benchmarks.contestants import Contestant, gguf_file, median_ratio
+from benchmarks.contestants import Contestant, median_ratio, paired
 from benchmarks.decoding import BARS, contest
 
 from deltamoe.config import KdaConfig, MlaConfig, ModelConfig, MoeConfig
@@ -56,22 +54,9 @@ def open_decoder(precision: str) -> Decoder:
 
 def measure(precisions: list[str], rounds: int, threads: int) -> dict[str, list[float]]:
     """Tokens per second (bytes per second for the copy), one entry a round."""
-    from tests.conversion.gguf.exported import save
-
-    contestants = {"copy": Contestant(MODULE, "copy", "", threads=threads)}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        source = save(folder / "checkpoint", build("f32"))
-        for precision in precisions:
-            file = gguf_file(source, folder / f"{precision.replace(' ', '-')}.gguf", precision)
-            contestants |= {
-                f"ours, {precision}": Contestant(MODULE, "ours", precision, threads=threads),
-                f"llama.cpp, {precision}": Contestant(
-                    MODULE, "llama.cpp", str(file), threads=threads
-                ),
-            }
-        for contestant in contestants.values():
-            contestant.wait()
+    copy = Contestant(MODULE, "copy", "", threads=threads)
+    copy.wait()
+    contestants = {"copy": copy, **paired(MODULE, build("f32"), precisions, threads=threads)}
     found: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, contestant in contestants.items():

@@ -14,10 +14,8 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import benchmarks.machine as machine  # before torch
 import torch
@@ -26,8 +24,8 @@ from benchmarks.contestants import (
     FLASH_ATTENTION,
     Contestant,
     LlamaCpp,
-    gguf_file,
     median_ratio,
+    paired,
     serve,
 )
 
@@ -111,25 +109,13 @@ def contest(arguments: list[str]) -> None:
 
 def measure(precisions: list[str], rounds: int, threads: int) -> dict[str, list[float]]:
     """Tokens per second (operations per second for the products), one entry a round."""
-    from tests.conversion.gguf.exported import save
-
     contestants = {
         f"product, {kind}": Contestant(MODULE, "product", kind, threads=threads)
         for kind in ("f32", "bf16")
     }
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        source = save(folder / "checkpoint", build("f32"))
-        for precision in precisions:
-            file = gguf_file(source, folder / f"{precision.replace(' ', '-')}.gguf", precision)
-            contestants |= {
-                f"ours, {precision}": Contestant(MODULE, "ours", precision, threads=threads),
-                f"llama.cpp, {precision}": Contestant(
-                    MODULE, "llama.cpp", str(file), threads=threads
-                ),
-            }
-        for contestant in contestants.values():
-            contestant.wait()
+    for contestant in contestants.values():
+        contestant.wait()
+    contestants |= paired(MODULE, build("f32"), precisions, threads=threads)
     found: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, contestant in contestants.items():

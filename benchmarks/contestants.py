@@ -11,13 +11,24 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["FLASH_ATTENTION", "Contestant", "LlamaCpp", "gguf_file", "median_ratio", "serve"]
+from deltamoe.model import HybridLM
+
+__all__ = [
+    "FLASH_ATTENTION",
+    "Contestant",
+    "LlamaCpp",
+    "gguf_file",
+    "median_ratio",
+    "paired",
+    "serve",
+]
 
 FLASH_ATTENTION = {"off": 0, "on": 1}
 _GGUF_TYPES = {"f32": "f32", "bf16": "bf16", "8 bits": "q8_0"}
@@ -59,6 +70,30 @@ class Contestant:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+
+
+def paired(
+    module: str, model: HybridLM, precisions: Sequence[str], *, threads: int
+) -> dict[str, Contestant]:
+    """Start "ours, P" and "llama.cpp, P" for each precision P; they are ready when this returns.
+
+    Ours make the model themselves, told its precision; llama.cpp reads a file of ``model``.
+    """
+    from tests.conversion.gguf.exported import save
+
+    contestants = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        source = save(folder / "checkpoint", model)
+        for precision in precisions:
+            file = gguf_file(source, folder / f"{precision}.gguf", precision)
+            for side, what in (("ours", precision), ("llama.cpp", str(file))):
+                contestants[f"{side}, {precision}"] = Contestant(
+                    module, side, what, threads=threads
+                )
+        for contestant in contestants.values():
+            contestant.wait()
+    return contestants
 
 
 def serve(run: Callable[[int], float]) -> None:

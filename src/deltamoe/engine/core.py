@@ -6,27 +6,27 @@ Knows nothing of threads or of who is listening.
 """
 
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from deltamoe.engine.errors import ContextTooLongError
+from deltamoe.engine.admission import check_answerable
+from deltamoe.engine.counters import Counters
 from deltamoe.engine.grammar import GrammarCompiler, Matcher
 from deltamoe.engine.options import EngineOptions
 from deltamoe.engine.reader import Batch, Reader
-from deltamoe.engine.request import Choice, FinishReason, Piece, Request, Result, Timings
+from deltamoe.engine.request import Piece, Request
 from deltamoe.engine.sampling import Sampling
 from deltamoe.engine.scheduler import Scheduler
 from deltamoe.engine.sequence import Job, Listener, Sequence
 from deltamoe.engine.snapshots import Kept, Snapshots
 from deltamoe.engine.state_pool import PoolSize, StatePool
-from deltamoe.errors import ConfigError, DeltamoeError
+from deltamoe.errors import DeltamoeError
 from deltamoe.inference import TextState
-from deltamoe.model import HybridLM, KdaState, ModelState
+from deltamoe.model import HybridLM
 from deltamoe.tokenizer import Tokenizer, check_fit
 
-__all__ = ["Core", "Counters"]
+__all__ = ["Core"]
 
 _HEAD_ROWS = 64
 """Tokens of a prompt that are scored at once, so that their logits stay small."""
@@ -34,43 +34,6 @@ _HEAD_ROWS = 64
 _LAST = 1 << 62
 _CHUNK_PER_GAIN = 8
 """A state is kept, or a prompt cut for one, if it saves this part of a chunk at least."""
-
-
-@dataclass
-class Counters:
-    """What an engine has done for its callers since it began; all of it only grows.
-
-    What audits read and draw is theirs alone, and counted nowhere; their time is.
-
-    Attributes:
-        num_steps: of the loop.
-        num_prompt_tokens: read of prompts, those read again included.
-        num_generated_tokens: drawn.
-        num_cached_tokens: of prompts, that a kept state made it unnecessary to read.
-        num_replayed_tokens: of prompts, known and read nevertheless.
-        num_audits: requests that were computed again.
-        num_audit_mismatches: of these, that gave another answer.
-        num_preemptions: sequences that had to give way.
-        num_rebuilt: sequences that had lost their state, and were read again.
-        num_finished, num_cancelled, num_failed: requests.
-        prefill_s, decode_s, sample_s: time spent.
-    """
-
-    num_steps: int = 0
-    num_prompt_tokens: int = 0
-    num_generated_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_replayed_tokens: int = 0
-    num_audits: int = 0
-    num_audit_mismatches: int = 0
-    num_preemptions: int = 0
-    num_rebuilt: int = 0
-    num_finished: int = 0
-    num_cancelled: int = 0
-    num_failed: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    sample_s: float = 0.0
 
 
 class Core:
@@ -118,38 +81,8 @@ class Core:
             ConfigError: an id outside the vocabulary, or a grammar that cannot be understood.
             BackendUnavailableError: a grammar, and llguidance is not installed.
         """
-        before = 0 if request.state is None else request.state.num_tokens
-        length = before + len(request.prompt) + request.max_tokens
-        if length > self.size.context:
-            raise ContextTooLongError(
-                f"a text of {before + len(request.prompt)} tokens and {request.max_tokens} more: "
-                f"this engine's context is {self.size.context} tokens; shorten the prompt or "
-                "lower max_tokens"
-            )
-        if request.state is not None and request.state.state is not None:
-            self._check_state(request.state.state)
-        vocab_size = self.tokenizer.vocab_size
-        for name, ids in (
-            ("prompt", request.prompt),
-            ("logit_bias", request.logit_bias),
-            ("stop_ids", request.stop_ids),
-        ):
-            if any(not 0 <= token_id < vocab_size for token_id in ids):
-                raise ConfigError(f"{name}: expected token ids from 0 to {vocab_size - 1}")
+        check_answerable(request, self.model, self.tokenizer, self.size.context)
         return self._grammars.matcher(request)
-
-    def _check_state(self, state: ModelState) -> None:
-        own = self.model.initial_state(1)
-        fits = len(state.layers) == len(own.layers) and len(state.lengths) == 1
-        for given, layer in zip(state.layers, own.layers, strict=False):
-            sizes = [
-                # of latents the second dimension is the text's length
-                [part.shape[1 if isinstance(layer, KdaState) else 2 :] for part in each]
-                for each in (given, layer)
-            ]
-            fits = fits and type(given) is type(layer) and sizes[0] == sizes[1]
-        if not fits:
-            raise ConfigError("state: expected the state of one text that this model has read")
 
     def add(
         self,
@@ -188,10 +121,10 @@ class Core:
         for sequence in job.sequences:
             if sequence.index not in job.choices:
                 self._let_go(sequence)
-                job.choices[sequence.index] = self._choice(sequence, "cancelled")
+                job.choices[sequence.index] = sequence.choice("cancelled")
         self._close(job)
         self._counters_of(job).num_cancelled += 1
-        job.listener.on_result(self._result(job))
+        self._deliver(job)
 
     def fail(self, job: Job, error: BaseException) -> None:
         """End a request with an error."""
@@ -493,7 +426,7 @@ class Core:
         if token_id is not None and len(sequence.logprobs) > len(sequence.answer.ids):
             sequence.logprobs.pop()  # of the stop id, which is no part of the text
         state = self._text_state(reader) if job.request.keep_state else None
-        job.choices[sequence.index] = self._choice(sequence, reason, state)
+        job.choices[sequence.index] = sequence.choice(reason, state)
         has_id = token_id is not None and sequence.answer.ids[-1:] == [token_id]
         ids = (token_id,) if token_id is not None and has_id else ()
         logprobs = tuple(sequence.logprobs[-1:]) if ids else ()
@@ -506,7 +439,7 @@ class Core:
         if is_last:
             self._close(job)
             self._counters_of(job).num_finished += 1
-            job.listener.on_result(self._result(job))
+            self._deliver(job)
 
     def _let_go(self, sequence: Sequence) -> None:
         """Give up everything a sequence holds."""
@@ -527,46 +460,16 @@ class Core:
             self.snapshots.drop(job.fork)
             job.fork = None
 
-    def _choice(
-        self, sequence: Sequence, reason: FinishReason, state: TextState | None = None
-    ) -> Choice:
-        answer = sequence.answer
-        return Choice(
-            index=sequence.index,
-            text=answer.text,
-            ids=tuple(answer.ids),
-            logprobs=tuple(sequence.logprobs),
-            finish_reason=reason,
-            matched_stop=answer.matched_stop,
-            state=state,
-        )
-
     def _text_state(self, sequence: Sequence) -> TextState:
         assert sequence.handle is not None
         unread = tuple(sequence.ids[sequence.num_read :])
         return TextState(self.pool.copy(sequence.handle), unread)
 
-    def _result(self, job: Job) -> Result:
-        now = time.perf_counter()
-        asked = job.request.prompt_logprobs is not None
-        first_of_prompt = len(job.ids) - len(job.request.prompt)
-        self._counters_of(job).num_cached_tokens += job.num_cached_tokens
-        self._counters_of(job).num_replayed_tokens += job.num_replayed_tokens
-        return Result(
-            choices=tuple(job.choices[index] for index in sorted(job.choices)),
-            prompt_logprobs=tuple(job.prompt_logprobs[first_of_prompt:]) if asked else None,
-            embedding=job.embedding,
-            num_prompt_tokens=len(job.request.prompt),
-            num_cached_tokens=job.num_cached_tokens,
-            num_replayed_tokens=job.num_replayed_tokens,
-            is_exact=job.is_exact,
-            timings=Timings(
-                *(
-                    (now if at is None else at) - job.submitted
-                    for at in (job.started, job.first_token, now)
-                )
-            ),
-        )
+    def _deliver(self, job: Job) -> None:
+        counters = self._counters_of(job)
+        counters.num_cached_tokens += job.num_cached_tokens
+        counters.num_replayed_tokens += job.num_replayed_tokens
+        job.listener.on_result(job.result())
 
     # Keeping
 

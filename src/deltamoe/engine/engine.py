@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from deltamoe.engine.audit import Auditor
-from deltamoe.engine.core import Core, Counters
+from deltamoe.engine.core import Core
+from deltamoe.engine.counters import Counters
 from deltamoe.engine.errors import EngineDeadError, QueueFullError, ShuttingDownError
 from deltamoe.engine.grammar import Matcher
 from deltamoe.engine.options import EngineOptions

@@ -11,7 +11,6 @@ Knows nothing of checkpoints or command lines.
 
 import math
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
@@ -24,11 +23,11 @@ from torch import Tensor
 
 from deltamoe.engine.core import Core
 from deltamoe.engine.options import EngineOptions
-from deltamoe.engine.request import Piece, Request, Result
-from deltamoe.engine.sampling import Sampling
-from deltamoe.engine.sequence import Job, Sequence
+from deltamoe.engine.recorder import Recorder, Run
+from deltamoe.engine.request import Request
+from deltamoe.engine.sequence import Job
 from deltamoe.engine.snapshots import Cuts
-from deltamoe.errors import ConfigError, DeltamoeError
+from deltamoe.errors import ConfigError
 from deltamoe.inference import load_text_state, save_text_state
 from deltamoe.inference.text_state import evaluating
 from deltamoe.layers.quantized import QuantizedMatrix
@@ -111,22 +110,6 @@ class Proof:
         return all(way.is_right for way in self.ways)
 
 
-class _Trace(NamedTuple):
-    """What one run would have written, token by token, and the logits it chose by."""
-
-    ids: tuple[int, ...]
-    logits: Tensor
-
-
-class _Run(NamedTuple):
-    """A trace, by which steps its prompt was read (None: not by the engine's), what was counted."""
-
-    trace: _Trace
-    cuts: Cuts | None = None
-    number: int | None = None
-    counted: str = ""
-
-
 def prove(
     model: HybridLM,
     tokenizer: Tokenizer,
@@ -185,15 +168,15 @@ class _Trial:
         )
         core = self._core(self.plain)
         self.has_decoder = core.reader.has_decoder
-        recorder = _Recorder(core)
+        recorder = Recorder(core)
         plain = recorder.follow(self.request)
         [run] = recorder.runs(plain)
-        self.trace, self.cold = run.trace, {plain.prompt_cuts: run.trace}
+        self.written, self.cold = run, {plain.prompt_cuts: run}
         self.dtype = model.embedding.weight.dtype
         is_quantized = any(isinstance(part, QuantizedMatrix) for part in model.modules())
         is_fine = self.dtype in _ALLOWED and not is_quantized
         share, self.share_near = _ALLOWED[self.dtype] if is_fine else _COARSELY_ALLOWED
-        self.rounding = share * max(float(self.trace.logits.abs().max()), 1.0)
+        self.rounding = share * max(float(self.written.logits.abs().max()), 1.0)
 
     def run(self, on_way: Callable[[Way], None] | None) -> Proof:
         ways = []
@@ -208,14 +191,14 @@ class _Trial:
                     on_way(way)
         return Proof(
             num_prompt_tokens=len(self.request.prompt),
-            num_tokens=len(self.trace.ids),
+            num_tokens=len(self.written.ids),
             dtype=str(self.dtype).removeprefix("torch."),
             has_decoder=self.has_decoder,
             rounding=self.rounding,
             ways=tuple(ways),
         )
 
-    def _ways(self) -> list[tuple[str, Callable[[], list[_Run]]]]:
+    def _ways(self) -> list[tuple[str, Callable[[], list[Run]]]]:
         return [
             ("again", lambda: [self._run(self.plain)]),
             ("the model's forward pass", self._forward),
@@ -238,41 +221,41 @@ class _Trial:
     def _core(self, options: EngineOptions) -> Core:
         return Core(self.model, self.tokenizer, options)
 
-    def _recorder(self, options: EngineOptions) -> "_Recorder":
-        return _Recorder(self._core(options), self.trace.ids)
+    def _recorder(self, options: EngineOptions) -> Recorder:
+        return Recorder(self._core(options), self.written.ids)
 
-    def _run(self, options: EngineOptions) -> _Run:
+    def _run(self, options: EngineOptions) -> Run:
         """The request alone."""
         recorder = self._recorder(options)
         [run] = recorder.runs(recorder.follow(self.request))
         return run
 
-    def _forward(self) -> list[_Run]:
-        text = torch.tensor([[*self.request.prompt, *self.trace.ids[:-1]]])
+    def _forward(self) -> list[Run]:
+        text = torch.tensor([[*self.request.prompt, *self.written.ids[:-1]]])
         hidden = self.model.hidden(text.to(self.model.embedding.weight.device)).hidden[0]
         logits = self.model.logits(hidden[len(self.request.prompt) - 1 :])
         logits = logits[:, : self.tokenizer.vocab_size].cpu()
         usable = logits.clone()
         usable[:, list(self.tokenizer.unused_ids)] = -torch.inf
-        return [_Run(_Trace(tuple(usable.argmax(-1).tolist()), logits))]
+        return [Run(tuple(usable.argmax(-1).tolist()), logits)]
 
-    def _chunked(self, chunk: int) -> list[_Run]:
+    def _chunked(self, chunk: int) -> list[Run]:
         run = self._run(replace(self.plain, prefill_chunk=chunk, single_tokens=0))
         sizes = _sizes(run.cuts)
         number = len(sizes) if max(sizes) <= chunk else 0
-        return [_Run(run.trace, None, number, "chunks")]
+        return [run._replace(cuts=None, number=number, counted="chunks")]
 
-    def _singly(self) -> list[_Run]:
+    def _singly(self) -> list[Run]:
         run = self._run(replace(self.plain, single_tokens=len(self.request.prompt)))
         number = sum(-cut for cut in run.cuts or () if cut < 0)
-        return [_Run(run.trace, None, number, "tokens read one by one")]
+        return [run._replace(cuts=None, number=number, counted="tokens read one by one")]
 
-    def _among_neighbours(self, recorder: "_Recorder") -> _Run:
+    def _among_neighbours(self, recorder: Recorder) -> Run:
         own = self._with_neighbours(recorder)
         [run] = recorder.runs(own)
         return run._replace(number=recorder.num_beside[own], counted="tokens drawn beside others")
 
-    def _with_neighbours(self, recorder: "_Recorder") -> Job:
+    def _with_neighbours(self, recorder: Recorder) -> Job:
         half = len(self.neighbours) // 2
         for request in self.neighbours[:half]:
             recorder.add(request)
@@ -282,28 +265,28 @@ class _Trial:
             recorder.add(request)
         return own
 
-    def _in_used_places(self) -> list[_Run]:
+    def _in_used_places(self) -> list[Run]:
         # Read token by token, a text begins with what is found in its place.
         recorder = self._recorder(replace(self.plain, single_tokens=len(self.request.prompt)))
         recorder.core.pool.spoil()
         return [self._among_neighbours(recorder)]
 
-    def _whole_prefix(self) -> list[_Run]:
+    def _whole_prefix(self) -> list[Run]:
         recorder = self._recorder(replace(self.keeping, exact_reuse=True))
         recorder.runs(recorder.add(self.request))
         return [recorder.reusing(recorder.follow(self.request))]
 
-    def _half_prefix(self) -> list[_Run]:
+    def _half_prefix(self) -> list[Run]:
         recorder = self._recorder(self.keeping)
         half = self.request.prompt[: len(self.request.prompt) // 2]
         recorder.runs(recorder.add(replace(self.request, prompt=half, max_tokens=1)))
         return [recorder.reusing(recorder.follow(self.request))]
 
-    def _neighbours_prefix(self) -> list[_Run]:
+    def _neighbours_prefix(self) -> list[Run]:
         recorder = self._recorder(self.keeping)
         return [recorder.reusing(self._with_neighbours(recorder))]
 
-    def _preempted(self, options: EngineOptions) -> _Run:
+    def _preempted(self, options: EngineOptions) -> Run:
         recorder = self._recorder(options)
         core = recorder.core
         own = recorder.follow(replace(self.request, reuse=False))
@@ -319,7 +302,7 @@ class _Trial:
         num_aside = core.counters.num_preemptions - num_rebuilt
         return run._replace(number=num_aside, counted="times put aside")
 
-    def _forked(self) -> list[_Run]:
+    def _forked(self) -> list[Run]:
         recorder = self._recorder(self.keeping)
         own = recorder.follow(replace(self.request, n=_NUM_CHOICES, reuse=False))
         _, *others = recorder.runs(own)
@@ -327,7 +310,7 @@ class _Trial:
         number = len(others) - num_rebuilt if own.has_forked else 0
         return [run._replace(number=number, counted="choices forked") for run in others]
 
-    def _from_file(self) -> list[_Run]:
+    def _from_file(self) -> list[Run]:
         half = len(self.request.prompt) // 2
         head = replace(self.request, prompt=self.request.prompt[:half], max_tokens=0)
         recorder = self._recorder(self.keeping)
@@ -346,25 +329,25 @@ class _Trial:
         before = job.num_before  # saving reads the head's last token, in a pass of its own
         behind = (cut + before if cut > 0 else cut - before for cut in job.prompt_cuts)
         cuts = (*own.prompt_cuts, before, *behind)
-        return [_Run(run.trace, cuts, before, "tokens not read again")]
+        return [run._replace(cuts=cuts, number=before, counted="tokens not read again")]
 
-    def _cold(self, cuts: Cuts) -> _Trace:
+    def _cold(self, cuts: Cuts) -> Run:
         """Alone, nothing restored, and the prompt read by given steps."""
         if cuts not in self.cold:
             recorder = self._recorder(self.plain)
             job = recorder.follow(self.request)
             job.sequences[0].cuts, job.sequences[0].is_bound = list(cuts), True
             [run] = recorder.runs(job)
-            self.cold[cuts] = run.trace
+            self.cold[cuts] = run
         return self.cold[cuts]
 
-    def _compared(self, name: str, run: _Run) -> Way:
-        from_plain = _apart(self.trace, run.trace)
-        alike = None if run.cuts is None else _apart(self._cold(run.cuts), run.trace)
-        diverges_at = _parting(self.trace, run.trace)
+    def _compared(self, name: str, run: Run) -> Way:
+        from_plain = _apart(self.written, run)
+        alike = None if run.cuts is None else _apart(self._cold(run.cuts), run)
+        diverges_at = _parting(self.written, run)
         margin = None
         if diverges_at is not None:
-            best = self.trace.logits[diverges_at].topk(2).values
+            best = self.written.logits[diverges_at].topk(2).values
             margin = float(best[0] - best[1])
         must_be_equal = alike is not None and self.has_decoder
         fault = None
@@ -386,10 +369,10 @@ class _Trial:
             fault=fault,
         )
 
-    def _is_equal(self, run: _Run) -> bool:
+    def _is_equal(self, run: Run) -> bool:
         assert run.cuts is not None
         cold = self._cold(run.cuts)
-        return cold.ids == run.trace.ids and torch.equal(cold.logits, run.trace.logits)
+        return cold.ids == run.ids and torch.equal(cold.logits, run.logits)
 
     def _is_near(self, apart: Tensor) -> bool:
         number = math.ceil(self.share_near * len(apart))
@@ -412,7 +395,7 @@ def _failed(name: str, error: Exception) -> Way:
     )
 
 
-def _apart(one: _Trace, other: _Trace) -> Tensor:
+def _apart(one: Run, other: Run) -> Tensor:
     """The largest difference of a logit, for each token."""
     return (one.logits - other.logits).abs().amax(-1)
 
@@ -422,7 +405,7 @@ def _largest(apart: Tensor) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _parting(one: _Trace, other: _Trace) -> int | None:
+def _parting(one: Run, other: Run) -> int | None:
     """The first token that differs."""
     pairs = zip(one.ids, other.ids, strict=True)
     return next((at for at, (left, right) in enumerate(pairs) if left != right), None)
@@ -432,99 +415,3 @@ def _sizes(cuts: Cuts | None) -> list[int]:
     """Tokens between one cut and the next."""
     places = [0, *map(abs, cuts or ())]
     return [after - before for before, after in pairwise(places)]
-
-
-class _Recorder:
-    """Runs requests, and keeps what is drawn and from which logits.
-
-    Args:
-        core: runs them.
-        text: whatever a request draws that follows it, it is given these ids; None lets it write.
-
-    Attributes:
-        core: as given.
-        results: of the requests that are done.
-        num_beside: of each, tokens that were drawn while others drew theirs.
-    """
-
-    def __init__(self, core: Core, text: tuple[int, ...] | None = None) -> None:
-        self.core = core
-        self.results: dict[Job, Result] = {}
-        self.num_beside: Counter[Job] = Counter()
-        self._text = text
-        self._following: set[Job] = set()
-        self._drawn: dict[Sequence, list[int]] = {}
-        self._logits: dict[Sequence, list[Tensor]] = {}
-        core.sampling = _RecordingSampling(core, self)
-
-    def add(self, request: Request) -> Job:
-        listener = _Listener(self.results)
-        job = self.core.add(request, listener)
-        listener.job = job
-        return job
-
-    def follow(self, request: Request) -> Job:
-        """Add one that follows the text."""
-        job = self.add(request)
-        self._following.add(job)
-        return job
-
-    def note(self, logits: Tensor, rows: Rows[Sequence]) -> None:
-        """The logits that these are about to draw from."""
-        for row, sequence in zip(logits.cpu(), rows, strict=True):
-            self._logits.setdefault(sequence, []).append(row.clone())
-            self.num_beside[sequence.job] += len(rows) > 1
-
-    def drew(self, sequence: Sequence, token_id: int) -> int:
-        """What it has drawn; returns what it is given."""
-        self._drawn.setdefault(sequence, []).append(token_id)
-        if self._text is None or sequence.job not in self._following:
-            return token_id
-        return self._text[len(sequence.answer.ids)]
-
-    def runs(self, job: Job) -> list[_Run]:
-        """Go on until there is nothing left to do; one run a choice that has drawn anything."""
-        while self.core.has_work:
-            self.core.step()
-        return [
-            _Run(
-                _Trace(tuple(self._drawn[sequence]), torch.stack(self._logits[sequence])),
-                job.prompt_cuts,
-            )
-            for sequence in job.sequences
-            if sequence in self._drawn
-        ]
-
-    def reusing(self, job: Job) -> _Run:
-        """One that is to find its beginning kept."""
-        [run] = self.runs(job)
-        return run._replace(number=job.num_cached_tokens, counted="tokens reused")
-
-
-class _Listener:
-    def __init__(self, results: dict[Job, Result]) -> None:
-        self.job: Job | None = None
-        self._results = results
-
-    def on_piece(self, piece: Piece) -> None:
-        """Only the whole is compared."""
-
-    def on_result(self, result: Result) -> None:
-        assert self.job is not None
-        self._results[self.job] = result
-
-    def on_error(self, error: BaseException) -> None:
-        raise error
-
-
-class _RecordingSampling(Sampling):
-    def __init__(self, core: Core, recorder: _Recorder) -> None:
-        super().__init__(core.tokenizer, core.model.embedding.weight.device)
-        self._recorder = recorder
-
-    def choose(self, logits: Tensor, rows: Rows[Sequence]) -> list[int | DeltamoeError]:
-        self._recorder.note(logits[:, : self._vocab_size], rows)
-        return [
-            token_id if isinstance(token_id, DeltamoeError) else self._recorder.drew(row, token_id)
-            for row, token_id in zip(rows, super().choose(logits, rows), strict=True)
-        ]

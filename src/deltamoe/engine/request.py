@@ -7,14 +7,13 @@ temperature and penalties.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
+
+from torch import Tensor
 
 from deltamoe.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltamoe.inference import TextState
+from deltamoe.inference import TextState
+from deltamoe.inference.sampler import LEAST_REPETITION_PENALTY
 
 __all__ = ["Choice", "FinishReason", "Piece", "Request", "Result", "Timings", "TokenLogprob"]
 
@@ -83,7 +82,7 @@ class Request:
     grammar: str | None = None
     scope: str = ""
     reuse: bool = True
-    state: "TextState | None" = field(default=None, repr=False, compare=False)
+    state: TextState | None = field(default=None, repr=False, compare=False)
     wants_embedding: bool = False
     keep_state: bool = False
 
@@ -98,8 +97,8 @@ class Request:
             ("min_p", "a number from 0 to 1", 0.0 <= self.min_p <= 1.0),
             (
                 "repetition_penalty",
-                "a number from 0.01 to 100",
-                0.01 <= self.repetition_penalty <= 100,
+                f"a number from {LEAST_REPETITION_PENALTY} to 100",
+                LEAST_REPETITION_PENALTY <= self.repetition_penalty <= 100,
             ),
             ("presence_penalty", "a number from -100 to 100", abs(self.presence_penalty) <= 100),
             ("frequency_penalty", "a number from -100 to 100", abs(self.frequency_penalty) <= 100),
@@ -187,7 +186,7 @@ class Choice:
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason
     matched_stop: str | int | None
-    state: "TextState | None" = field(default=None, repr=False, compare=False)
+    state: TextState | None = field(default=None, repr=False, compare=False)
 
 
 class Timings(NamedTuple):
@@ -223,7 +222,7 @@ class Result:
 
     choices: tuple[Choice, ...]
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None
-    embedding: "Tensor | None" = field(repr=False, compare=False)
+    embedding: Tensor | None = field(repr=False, compare=False)
     num_prompt_tokens: int
     num_cached_tokens: int
     num_replayed_tokens: int

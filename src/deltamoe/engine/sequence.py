@@ -21,7 +21,15 @@ from torch import Tensor
 
 from deltamoe.engine.grammar import Matcher
 from deltamoe.engine.prefix_tree import Ids
-from deltamoe.engine.request import Choice, Piece, Request, Result, TokenLogprob
+from deltamoe.engine.request import (
+    Choice,
+    FinishReason,
+    Piece,
+    Request,
+    Result,
+    Timings,
+    TokenLogprob,
+)
 from deltamoe.engine.snapshots import Cuts, Kept
 from deltamoe.engine.state_pool import Handle
 from deltamoe.inference import TextState
@@ -108,6 +116,27 @@ class Job:
         self.submitted = time.perf_counter()
         self.started: float | None = None
         self.first_token: float | None = None
+
+    def result(self) -> Result:
+        """What has become of it, now that its choices are finished."""
+        now = time.perf_counter()
+        asked = self.request.prompt_logprobs is not None
+        first_of_prompt = len(self.ids) - len(self.request.prompt)
+        return Result(
+            choices=tuple(self.choices[index] for index in sorted(self.choices)),
+            prompt_logprobs=tuple(self.prompt_logprobs[first_of_prompt:]) if asked else None,
+            embedding=self.embedding,
+            num_prompt_tokens=len(self.request.prompt),
+            num_cached_tokens=self.num_cached_tokens,
+            num_replayed_tokens=self.num_replayed_tokens,
+            is_exact=self.is_exact,
+            timings=Timings(
+                *(
+                    (now if at is None else at) - self.submitted
+                    for at in (self.started, self.first_token, now)
+                )
+            ),
+        )
 
 
 def _kind(request: Request) -> Kind:
@@ -282,6 +311,18 @@ class Sequence:
         if self.matcher is not None and self.answer.finish_reason is None:
             self.matcher.push(token_id)
         return piece
+
+    def choice(self, reason: FinishReason, state: TextState | None = None) -> Choice:
+        """What has been written, now that nothing follows."""
+        return Choice(
+            index=self.index,
+            text=self.answer.text,
+            ids=tuple(self.answer.ids),
+            logprobs=tuple(self.logprobs),
+            finish_reason=reason,
+            matched_stop=self.answer.matched_stop,
+            state=state,
+        )
 
     def uniform(self) -> float:
         """The random number in [0, 1) for the next draw: a function of seed, choice and place."""

@@ -28,6 +28,7 @@ from torch import Tensor
 from deltamoe.errors import ConfigError, NonFiniteError
 
 __all__ = [
+    "LEAST_REPETITION_PENALTY",
     "Greedy",
     "MinP",
     "RepetitionPenalty",
@@ -43,6 +44,9 @@ __all__ = [
 Logits = Float[Tensor, "B vocab"]
 Seen = Bool[Tensor, "B vocab"]  # which ids stand in the text so far
 Rule = Callable[[Tensor, Tensor], Tensor]  # (logits, seen) -> logits, -inf for what is ruled out
+
+LEAST_REPETITION_PENALTY = 0.01
+"""Much smaller ones are 0 in fp32, and logits are divided by them."""
 
 _GREEDY_BELOW = 1e-5  # a smaller temperature leaves one id anyway and would overflow on the way
 
@@ -181,10 +185,10 @@ class Sampler:
         _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "a number > 0 and <= 1")
         _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "a number from 0 to 1")
         _require(
-            0.01 <= self.repetition_penalty <= 100.0,
+            LEAST_REPETITION_PENALTY <= self.repetition_penalty <= 100.0,
             "repetition_penalty",
             self.repetition_penalty,
-            "a number from 0.01 to 100 (1 does nothing)",
+            f"a number from {LEAST_REPETITION_PENALTY} to 100 (1 does nothing)",
         )
         _require(0 <= self.seed < 2**63, "seed", self.seed, "a whole number from 0 to 2**63 - 1")
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
+from deltamoe.inference.sampler import LEAST_REPETITION_PENALTY
 from deltamoe.server.settings import MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS, MAX_STATE_NAME
 
 __all__ = [
@@ -47,7 +48,6 @@ Prompt = (
 )
 Stop = Annotated[StrictStr, Field(min_length=1, max_length=256)]
 Name = Annotated[StrictStr, Field(min_length=1, max_length=256)]
-# Below their bounds ``top_p`` and ``repetition_penalty`` could be 0 in fp32, and ruin the draw.
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 
 
@@ -112,12 +112,12 @@ class SamplingFields(_Answerable):
     """How tokens are chosen and when the text ends."""
 
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(ge=1e-6, le=1)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=_MAX_ID)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[Number, Field(ge=0.01, le=10)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=LEAST_REPETITION_PENALTY, le=10)] | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None

@@ -27,6 +27,18 @@ def state(page: Any, key: str) -> str:
     return found
 
 
+def branch(page: Any) -> tuple[str, str]:
+    """Write another token 7 than the model did; the addresses of the trace before and after."""
+    first = record(page, "Once upon")
+    show(page, "next")
+    page.click(".token[data-index='6']")
+    page.wait_for_selector("h3:has-text('After token 6')")
+    assert page.locator("button:has-text('before the branch')").count() == 0
+    page.click("button.bar >> nth=3")
+    page.wait_for_selector(".token.is-pinned[data-index='7']")
+    return first, state(page, "trace")
+
+
 def test_a_prompt_becomes_tokens(page: Any, server: Server) -> None:
     start(page, server.address)
     trace = record(page, "Once upon")
@@ -118,14 +130,7 @@ def test_the_stack_opens_blocks(page: Any, server: Server) -> None:
 
 def test_branch(page: Any, server: Server) -> None:
     start(page, server.address)
-    first = record(page, "Once upon")
-    show(page, "next")
-    page.click(".token[data-index='6']")
-    page.wait_for_selector("h3:has-text('After token 6')")
-    page.click("button.bar >> nth=3")
-    page.wait_for_selector(".token.is-pinned[data-index='7']")
-    second = state(page, "trace")
-    before, after = (get(server, f"api/trace/{trace}") for trace in (first, second))
+    before, after = (get(server, f"api/trace/{trace}") for trace in branch(page))
     assert [t["id"] for t in after["tokens"][:7]] == [t["id"] for t in before["tokens"][:7]]
     assert after["source"]["branched_from"]["token"] == 6
     assert after["tokens"][7]["id"] != before["tokens"][7]["id"]
@@ -134,14 +139,7 @@ def test_branch(page: Any, server: Server) -> None:
 def test_the_way_back_after_a_branch(page: Any, server: Server) -> None:
     """By its button, by the browser's Back, and by the list of all that is kept."""
     start(page, server.address)
-    first = record(page, "Once upon")
-    show(page, "next")
-    page.click(".token[data-index='6']")
-    page.wait_for_selector("h3:has-text('After token 6')")
-    assert page.locator("button:has-text('before the branch')").count() == 0
-    page.click("button.bar >> nth=3")
-    page.wait_for_selector(".token.is-pinned[data-index='7']")
-    second = state(page, "trace")
+    first, second = branch(page)
     page.click("button:has-text('before the branch at token 6')")
     page.wait_for_selector(".token.is-pinned[data-index='6']")
     assert state(page, "trace") == first
