@@ -176,6 +176,12 @@ static void pack_both(int N, int K, const float* b, bf16* to, bf16* rows) {
     }
 }
 
+// The numbers n to n + 15 of the rows k and k + 1, to where pack_right has them; k is even.
+static inline void pack_pair(int N, int k, int n, vec first, vec second, bf16* to) {
+  bf16* tile = to + k / 32 * 32 * N + n * 32;
+  _mm512_storeu_si512(tile + k % 32 * 16, bf16_pairs(first, second));
+}
+
 // x * y of K rows of N numbers. After each `half` rows, a power of two, as many are left out.
 static inline void pack_product_right(int N, int K, int half, const float* x, const float* y,
                                       bf16* to) {
@@ -314,6 +320,7 @@ static inline void pack_product_turned(int, int, const float*, const float*, con
 static inline void pack_right(int, int, const float*, ptrdiff_t, bf16*) {}
 template <bool streams>
 static void pack_both(int, int, const float*, bf16*, bf16*) {}
+static inline void pack_pair(int, int, int, vec, vec, bf16*) {}
 static inline void pack_product_right(int, int, int, const float*, const float*, bf16*) {}
 static inline void pack_products_right(int, int, int, const float*, const float*, const float*,
                                        const float*, bf16*) {}

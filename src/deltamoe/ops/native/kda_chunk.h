@@ -20,7 +20,8 @@
 namespace {
 
 constexpr int BLOCK = 16;
-constexpr int NEAR = 4;  // tokens between which nothing is rounded
+constexpr int NEAR = 4;    // tokens between which nothing is rounded
+constexpr int LEVELS = 2;  // of cuts within a block, from NEAR tokens on either side
 
 struct Tensor {  // [batch, time, head, channel], channels contiguous; bf16 or fp32
   void* data;
@@ -258,13 +259,82 @@ struct Chunk {
     multiply(half, K, k + first * K, suffix + first * K, left);
   }
 
-  // The same two sides packed on the way; beta k stands `below` rows below q.
-  void pack_halves(int first, int half, int below, bf16* readers, bf16* wrote) {
-    int at = (first + half) * K;
-    pack_product(half, K, q + at, prefix + at, nullptr, 1.f, readers);
-    pack_product(half, K, k + at, prefix + at, beta + first + half, 1.f,
-                 readers + below * in_tiles(K));
-    pack_product(half, K, k + first * K, suffix + first * K, nullptr, 1.f, wrote);
+  // What all cuts of a level have on their sides, packed: the readers' queries and keys, times beta
+  // and the prefix, and the keys of those who wrote, times the suffix. Forward they are rows;
+  // backward they stand right of a product.
+  struct Sides {
+    bf16 *readers, *wrote;
+  };
+  Sides packed(int level) const { return {rooms[2 * level + 2], rooms[2 * level + 3]}; }
+
+  void pack_halves(int half, Sides to) {
+    const int n = C / 2, width = in_tiles(K);
+    for (int first = 0, row = 0; first < C; first += 2 * half, row += half) {
+      const int at = (first + half) * K;
+      pack_product(half, K, q + at, prefix + at, nullptr, 1.f, to.readers + row * width);
+      pack_product(half, K, k + at, prefix + at, beta + first + half, 1.f,
+                   to.readers + (n + row) * width);
+      pack_product(half, K, k + first * K, suffix + first * K, nullptr, 1.f,
+                   to.wrote + row * width);
+    }
+  }
+
+  // Goes once through a block, 16 channels at a time, and makes its products: the whole block's are
+  // stored; those of the levels within it are only shown. reads(level, i, token, channel, prefix)
+  // and then wrote(level, i, token, channel, suffix), where i counts a level's readers, or writers,
+  // from the chunk's start. Tokens come in order to `reads`, and in reverse order to `wrote`.
+  template <class Reads, class Wrote>
+  void sweep_block(int first, Reads reads, Wrote wrote) {
+    constexpr int SIZES[LEVELS + 1] = {NEAR, 2 * NEAR, BLOCK};
+    const auto number = [&](int half, int t) { return first / 2 + t / (2 * half) * half + t % half; };
+    for (int j = 0; j < K; j += LANES) {
+      vec within[LEVELS + 1];
+#pragma GCC unroll 16
+      for (int t = 0; t < BLOCK; t++) {
+        const vec fade = load(decay + (first + t) * K + j);
+#pragma GCC unroll 3
+        for (int l = 0; l <= LEVELS; l++) {
+          const int size = SIZES[l];
+          within[l] = t % size ? within[l] * fade : fade;
+          if (l < LEVELS && t / size % 2) reads(l, number(size, t), first + t, j, within[l]);
+        }
+        store(prefix + (first + t) * K + j, within[LEVELS]);
+      }
+#pragma GCC unroll 16
+      for (int t = BLOCK - 1; t >= 0; t--) {
+        const vec later = t + 1 < BLOCK ? load(decay + (first + t + 1) * K + j) : splat(1.f);
+#pragma GCC unroll 3
+        for (int l = 0; l <= LEVELS; l++) {
+          const int size = SIZES[l];
+          within[l] = (t + 1) % size ? within[l] * later : splat(1.f);
+          if (l < LEVELS && t / size % 2 == 0) wrote(l, number(size, t), first + t, j, within[l]);
+        }
+        store(suffix + (first + t) * K + j, within[LEVELS]);
+      }
+    }
+  }
+
+  // The levels within a block, packed as pack_halves packs the others.
+  void pack_block(int first) {
+    const int n = C / 2, width = in_tiles(K);
+    if (width > K)
+      for (int level = 0; level < LEVELS; level++) {
+        const Sides to = packed(level);
+        memset(to.wrote + first / 2 * width, 0, sizeof(bf16) * BLOCK / 2 * width);
+        for (int i : {0, n})
+          memset(to.readers + (i + first / 2) * width, 0, sizeof(bf16) * BLOCK / 2 * width);
+      }
+    sweep_block(
+        first,
+        [&](int level, int i, int token, int j, vec by) {
+          const int at = token * K + j;
+          bf16* to = packed(level).readers + i * width + j;
+          store_narrow(to, load(q + at) * by);
+          store_narrow(to + n * width, load(k + at) * by * splat(beta[token]));
+        },
+        [&](int level, int i, int token, int j, vec by) {
+          store_narrow(packed(level).wrote + i * width + j, load(k + token * K + j) * by);
+        });
   }
 
   // What row i reads of column j <= i with its query (q_on_k, zero above the diagonal), and with
@@ -272,15 +342,24 @@ struct Chunk {
   // Leaves the whole chunk's products in prefix and suffix.
   void pairs(float* q_on_k, float* system) {
     memset(q_on_k, 0, sizeof(float) * C * stride);
-    const int smallest = products.rounds ? NEAR : BLOCK;
-    for (int first = 0; first < C; first += smallest) {
-      if (products.rounds) near_pairs(first, q_on_k, system);
-      else diagonal_block(first, q_on_k, system);
-      products_within(smallest, first);
+    for (int first = 0; first < C; first += BLOCK) {
+      if (products.rounds) {
+        for (int near = 0; near < BLOCK; near += NEAR) near_pairs(first + near, q_on_k, system);
+        pack_block(first);
+      } else {
+        diagonal_block(first, q_on_k, system);
+        products_within(BLOCK, first);
+      }
     }
-    for (int half = smallest; half < C; half *= 2) {
-      if (products.rounds) rounded_pairs(half, q_on_k, system);
-      else halves_pairs(half, q_on_k, system);
+    for (int level = 0; products.rounds && level < LEVELS; level++)
+      rounded_pairs(NEAR << level, packed(level), q_on_k, system);
+    for (int half = BLOCK; half < C; half *= 2) {
+      if (products.rounds) {
+        pack_halves(half, packed(0));
+        rounded_pairs(half, packed(0), q_on_k, system);
+      } else {
+        halves_pairs(half, q_on_k, system);
+      }
       double_products(half);
     }
     for (int first = 0; first < C; first += BLOCK)
@@ -300,12 +379,11 @@ struct Chunk {
 
   // The same in one product for all cuts: a row for each reader's query, then for each one's key, a
   // column for each who wrote. Of it only what belongs to one cut is used.
-  void rounded_pairs(int half, float* q_on_k, float* system) {
+  void rounded_pairs(int half, Sides sides, float* q_on_k, float* system) {
     const int n = C / 2, columns = n < BLOCK ? BLOCK : n, width = in_tiles(K);
-    for (int first = 0, row = 0; first < C; first += 2 * half, row += half)
-      pack_halves(first, half, n, rooms[0] + row * width, rooms[2] + row * width);
-    pack_turned(columns, K, rooms[2], rooms[1]);
-    gemm_packed<false>(2 * n, columns, width, rooms[0], width, rooms[1], columns, crossed, columns);
+    pack_turned(columns, K, sides.wrote, rooms[1]);
+    gemm_packed<false>(2 * n, columns, width, sides.readers, width, rooms[1], columns, crossed,
+                       columns);
     for (int i = 0; i < n; i++) {
       const float *by_q = crossed + i * columns + i / half * half, *by_k = by_q + n * columns;
       const ptrdiff_t at = pair_of(i, half);
@@ -411,17 +489,73 @@ struct Chunk {
   // Gradients of the pairs: to q and beta k as rows, to k as columns, all added to.
   void pairs_backward(const float* d_q_on_k, const float* d_L, float* row_q, float* row_k,
                       float* column_k) {
-    const int smallest = products.rounds ? NEAR : BLOCK;
-    for (int first = 0; first < C; first += smallest) {
-      if (products.rounds) near_backward(first, d_q_on_k, d_L, row_q, row_k, column_k);
-      else diagonal_backward(first, d_q_on_k, d_L, row_q, row_k, column_k);
-      products_within(smallest, first);
+    const Sums sums{row_q, row_k, column_k};
+    for (int level = 0; products.rounds && level < LEVELS; level++) zero_rest(packed(level));
+    for (int first = 0; first < C; first += BLOCK) {
+      if (products.rounds) {
+        for (int near = first; near < first + BLOCK; near += NEAR)
+          near_backward(near, d_q_on_k, d_L, row_q, row_k, column_k);
+        pack_block_right(first);
+      } else {
+        diagonal_backward(first, d_q_on_k, d_L, row_q, row_k, column_k);
+        products_within(BLOCK, first);
+      }
     }
-    for (int half = smallest; half < C; half *= 2) {
-      if (products.rounds) rounded_backward(half, d_q_on_k, d_L, row_q, row_k, column_k);
-      else halves_backward(half, d_q_on_k, d_L, row_q, row_k, column_k);
+    for (int level = 0; products.rounds && level < LEVELS; level++)
+      rounded_backward(NEAR << level, packed(level), factors(level), factors(level), d_q_on_k, d_L,
+                       sums);
+    for (int half = BLOCK; half < C; half *= 2) {
+      if (products.rounds) {
+        const int n = C / 2, readers = half * K;
+        pack_product_right(K, n, half, k, suffix, packed(0).wrote);
+        pack_products_right(K, n, half, q + readers, k + readers, prefix + readers, beta + half,
+                            packed(0).readers);
+        rounded_backward(half, packed(0), prefix, suffix, d_q_on_k, d_L, sums);
+      } else {
+        halves_backward(half, d_q_on_k, d_L, row_q, row_k, column_k);
+      }
       double_products(half);
     }
+  }
+
+  struct Sums {
+    float *row_q, *row_k, *column_k;
+  };
+
+  // Of a level within blocks, each token's prefix or suffix.
+  float* factors(int level) const { return level ? left : right; }
+
+  // A block's part of the right operands of the levels within it.
+  void pack_block_right(int first) {
+    vec before_q[LEVELS], before_k[LEVELS], behind[LEVELS];
+    const int n = C / 2;
+    sweep_block(
+        first,
+        [&](int level, int i, int token, int j, vec by) {
+          const int at = token * K + j;
+          const vec query = load(q + at) * by, key = load(k + at) * by * splat(beta[token]);
+          store(factors(level) + at, by);
+          if (i % 2) {
+            pack_pair(K, i - 1, j, before_q[level], query, packed(level).readers);
+            pack_pair(K, n + i - 1, j, before_k[level], key, packed(level).readers);
+          } else {
+            before_q[level] = query, before_k[level] = key;
+          }
+        },
+        [&](int level, int i, int token, int j, vec by) {
+          const int at = token * K + j;
+          const vec key = load(k + at) * by;
+          store(factors(level) + at, by);
+          if (i % 2) behind[level] = key;
+          else pack_pair(K, i, j, key, behind[level], packed(level).wrote);
+        });
+  }
+
+  // The terms with which a short chunk's operands are filled up.
+  void zero_rest(Sides of) const {
+    const int n = C / 2;
+    if (n % 32) memset(of.wrote, 0, sizeof(bf16) * in_tiles(n) * K);
+    if (C % 32) memset(of.readers, 0, sizeof(bf16) * in_tiles(C) * K);
   }
 
   void halves_backward(int half, const float* d_q_on_k, const float* d_L, float* row_q,
@@ -442,10 +576,10 @@ struct Chunk {
 
   // The same for all cuts at once, in the rows and columns of rounded_pairs; what is not of one cut
   // is worth 0.
-  void rounded_backward(int half, const float* d_q_on_k, const float* d_L, float* row_q,
-                        float* row_k, float* column_k) {
+  void rounded_backward(int half, Sides sides, const float* by_readers, const float* by_wrote,
+                        const float* d_q_on_k, const float* d_L, Sums sums) {
     const int n = C / 2, columns = n < BLOCK ? BLOCK : n;
-    memset(crossed, 0, sizeof(float) * 2 * n * columns);
+    memset(crossed, 0, sizeof(float) * C * columns);
     for (int i = 0; i < n; i++) {
       float* by_q = crossed + i * columns + i / half * half;
       for (int j = 0; j < half; j += NEAR) {
@@ -453,22 +587,18 @@ struct Chunk {
         memcpy(by_q + n * columns + j, d_L + pair_of(i, half) + j, sizeof(float) * NEAR);
       }
     }
-    pack_left(2 * n, columns, {crossed, columns, 1}, 1.f, rooms[1]);
-    pack_left(columns, 2 * n, {crossed, 1, columns}, 1.f, rooms[2]);
-    pack_product_right(K, n, half, k, suffix, rooms[0]);
-    const int readers = half * K;
-    pack_products_right(K, n, half, q + readers, k + readers, prefix + readers, beta + half,
-                        rooms[3]);
-    gemm_packed_blocks(2 * n, K, in_tiles(n), rooms[1], in_tiles(n), rooms[0], K, [&](auto... x) {
-      add_to_rows(x..., prefix, [&](int i) {
+    pack_left(C, columns, {crossed, columns, 1}, 1.f, rooms[1]);
+    pack_left(columns, C, {crossed, 1, columns}, 1.f, rooms[0]);
+    gemm_packed_blocks(C, K, in_tiles(n), rooms[1], in_tiles(n), sides.wrote, K, [&](auto... x) {
+      add_to_rows(x..., by_readers, [&](int i) {
         const int reader = i < n ? i : i - n;
-        return std::make_pair(i < n ? row_q : row_k, reader + (reader & -half) + half);
+        return std::make_pair(i < n ? sums.row_q : sums.row_k, reader + (reader & -half) + half);
       });
     });
-    gemm_packed_blocks(columns, K, in_tiles(2 * n), rooms[2], in_tiles(2 * n), rooms[3], K,
-                       [&](auto... x) {
-      add_to_rows(x..., suffix, [&](int i) {
-        return std::make_pair(i < n ? column_k : nullptr, i + (i & -half));
+    const int terms = in_tiles(C);
+    gemm_packed_blocks(columns, K, terms, rooms[0], terms, sides.readers, K, [&](auto... x) {
+      add_to_rows(x..., by_wrote, [&](int i) {
+        return std::make_pair(i < n ? sums.column_k : nullptr, i + (i & -half));
       });
     });
   }
