@@ -20,6 +20,7 @@ namespace {
 constexpr int64_t CHUNK = 512;  // tokens whose share of d_weight is summed by one thread
 constexpr int64_t TILE = 64;    // tokens brought near at once
 constexpr int64_t STRIP = 64;   // channels brought near at once, where heads do not matter
+constexpr int64_t AHEAD = 16;   // tokens whose outputs' lines of the cache are asked for early
 
 struct Chunk {
   int64_t sequence, begin, end;  // tokens, counted from the sequence's first
@@ -134,6 +135,9 @@ void forward(const Shape& shape, const X* x, const float* weight, const X* past,
       int64_t end = begin + TILE < chunk.end ? begin + TILE : chunk.end;
       fetch_inputs(shape, chunk, strip, x, past, begin, end, inputs.data());
       for (int64_t t = begin; t < end; t++) {
+        Y* to = y + (chunk.first_row + t) * shape.channels + strip.first;
+        if (t + AHEAD < chunk.end)
+          prefetch_to_write(to + AHEAD * shape.channels, strip.size * sizeof(Y));
         sum_of_taps<W>(strip, inputs.data() + (t - begin) * strip.padded, s);
         for (int64_t i = 0; i < strip.padded; i += LANES)
           store(s + i, load(s + i) / (splat(1.f) + exp_lanes(-load(s + i))));
@@ -143,7 +147,7 @@ void forward(const Shape& shape, const X* x, const float* weight, const X* past,
           vec factor = splat(shape.scale / std::sqrt(sum(squares) + shape.eps));
           for (int64_t i = 0; i < strip.padded; i += LANES) store(s + i, load(s + i) * factor);
         }
-        store_row(s, strip.size, y + (chunk.first_row + t) * shape.channels + strip.first);
+        store_row(s, strip.size, to);
       }
     }
   }
@@ -213,11 +217,11 @@ void backward(const Shape& shape, const X* x, const float* weight, const X* past
       int64_t reach = end + extra < chunk.length ? end + extra : chunk.length;
       fetch_inputs(shape, chunk, strip, x, past, begin, reach, inputs.data());
       for (int64_t t = begin; t < reach; t++) {
+        const int64_t at = (chunk.first_row + t) * shape.channels + strip.first;
         if (t + TILE < chunk.end)
-          prefetch(d_y + (chunk.first_row + t + TILE) * shape.channels + strip.first,
-                   strip.size * sizeof(Y));
-        gradient_of_sum<W>(shape, strip, inputs.data() + (t - begin) * padded,
-                           d_y + (chunk.first_row + t) * shape.channels + strip.first, s, slope,
+          prefetch(d_y + at + TILE * shape.channels, strip.size * sizeof(Y));
+        if (t < end) prefetch_to_write(d_x + at, strip.size * sizeof(X));
+        gradient_of_sum<W>(shape, strip, inputs.data() + (t - begin) * padded, d_y + at, s, slope,
                            gradients.data() + (t - begin) * padded);
       }
       for (int64_t t = reach; t < end + extra; t++)

@@ -23,9 +23,10 @@
 namespace {
 
 constexpr int64_t PANEL = 64;
-constexpr int64_t COLUMNS = 64;        // of a weight's gradient, made by one task
+constexpr int64_t COLUMNS = 64;        // of a weight's gradient, made by one product
+constexpr int64_t STRIPS = 5;          // of so many columns, made by one task at most
 constexpr int64_t CHANNELS = 256;      // its rows
-constexpr int64_t ROWS_AT_ONCE = 1024; // tokens it gathers at once
+constexpr int64_t ROWS_AT_ONCE = 512;  // tokens it gathers at once
 constexpr int64_t BLOCK = 48;          // channels between a product and what is done to it
 
 int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -106,7 +107,10 @@ struct Fp32 {
   static void to_panel(const float* from, int64_t channels, int64_t width, float* to) {
     memcpy(to, from, channels * width * 4);
   }
-  static void pair_rows(const float* rows, float* to) { memcpy(to, rows, 2 * COLUMNS * 4); }
+  static void pair_rows(const float* first, const float* second, float* to) {
+    memcpy(to, first, COLUMNS * 4);
+    memcpy(to + COLUMNS, second, COLUMNS * 4);
+  }
 };
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
@@ -157,8 +161,8 @@ struct Tiled {
         _mm512_storeu_si512(to, bf16_pairs(load(from + r), load(from + width + r)));
   }
 
-  static void pair_rows(const bf16* rows, bf16* to) {
-    for (int64_t c = 0; c < COLUMNS; c += 32) interleave(rows + c, rows + COLUMNS + c, to + 2 * c);
+  static void pair_rows(const bf16* first, const bf16* second, bf16* to) {
+    for (int64_t c = 0; c < COLUMNS; c += 32) interleave(first + c, second + c, to + 2 * c);
   }
 };
 
@@ -580,41 +584,47 @@ struct Gradients {
   float* weights;  // [tokens * choices], zero where dropped; null if not wanted
 };
 
-// One task's share of a weight's gradient: [channels, COLUMNS] of one expert, its sum over rows
-// of left [channels, row] right [row, column].
+// One task's share of a weight's gradient: strips of [channels, COLUMNS] of one expert, each its
+// sum over rows of left [channels, row] right [row, column].
 template <class P, class X>
 class Reduction {
   using E = typename P::Element;
+  static constexpr int64_t STRIP = ROWS_AT_ONCE * COLUMNS;
 
  public:
-  Reduction() : right_(ROWS_AT_ONCE * COLUMNS) {}
+  Reduction() : right_(STRIPS * STRIP) {}
 
-  // Gather columns of the rows of some panels of one expert.
+  // Gather strips of columns of the rows of some panels of one expert: a row's lie together, so
+  // one wait for a far row serves them all.
   template <class Token>
-  void gather(const X* x, int64_t dim, int64_t column, const Panel* panels, int64_t count,
-              Token token) {
-    constexpr int64_t AHEAD = 16;
-    const int64_t size = dim - column < COLUMNS ? dim - column : COLUMNS;
+  void gather(const X* x, int64_t dim, int64_t column, int64_t strips, const Panel* panels,
+              int64_t count, Token token) {
+    constexpr int64_t AHEAD = 8;
+    const int64_t end = column + strips * COLUMNS < dim ? column + strips * COLUMNS : dim;
     E* to = right_;
     for (const Panel* panel = panels; panel < panels + count; panel++)
       for (int64_t r = 0; r < panel->width; r += 2, to += 2 * COLUMNS) {
-        alignas(64) E pair[2 * COLUMNS];
-        for (int64_t i = 0; i < 2; i++) {
-          const int64_t n = r + i < panel->rows ? size : 0;
+        const X* rows[2] = {};
+        for (int64_t i = 0; i < 2 && r + i < panel->rows; i++) {
+          rows[i] = x + token(panel->first + r + i) * dim;
           if (r + i + AHEAD < panel->rows)
-            prefetch(x + token(panel->first + r + i + AHEAD) * dim + column, size * sizeof(X));
-          if (n) convert(x + token(panel->first + r + i) * dim + column, n, pair + i * COLUMNS);
-          memset(pair + i * COLUMNS + n, 0, (COLUMNS - n) * sizeof(E));
+            prefetch(x + token(panel->first + r + i + AHEAD) * dim + column,
+                     (end - column) * sizeof(X));
         }
-        P::pair_rows(pair, to);
+        alignas(64) E room[2 * COLUMNS];
+        for (int64_t c = column, s = 0; c < end; c += COLUMNS, s++) {
+          const int64_t size = end - c < COLUMNS ? end - c : COLUMNS;
+          P::pair_rows(line(rows[0], c, size, room), line(rows[1], c, size, room + COLUMNS),
+                       to + s * STRIP);
+        }
       }
   }
 
   // sum [channels, COLUMNS] = (or +=) left right, for channels from `first` on of all `height`.
-  void multiply(int64_t channels, int64_t first, int64_t height, const E* left, const Panel* panels,
-           int64_t count, bool adds, float* sum) const {
+  void multiply(int64_t channels, int64_t first, int64_t height, const E* left, int64_t strip,
+                const Panel* panels, int64_t count, bool adds, float* sum) const {
     std::vector<Term<E>> terms;
-    const E* right = right_;
+    const E* right = right_ + strip * STRIP;
     for (const Panel* panel = panels; panel < panels + count; panel++) {
       const E* rows = left + panel->offset * height + first * panel->width;
       terms.push_back({rows, right, panel->rows, panel->width});
@@ -624,6 +634,16 @@ class Reduction {
   }
 
  private:
+  // COLUMNS of a row, as they lie or copied to `room` and filled up; zeros for no row.
+  static const E* line(const X* row, int64_t column, int64_t size, E* room) {
+    if constexpr (std::is_same_v<X, E>)
+      if (row && size == COLUMNS) return row + column;
+    if (!row) size = 0;
+    if (size) convert(row + column, size, room);
+    memset(room + size, 0, (COLUMNS - size) * sizeof(E));
+    return room;
+  }
+
   Buffer<E> right_;
 };
 
@@ -714,45 +734,58 @@ void backward(const Problem& p, const X* x, const W* w_gate, const W* w_up, cons
   std::vector<int64_t> start(p.experts + 1, 0);
   for (const Panel& panel : panels) start[panel.expert + 1]++;
   for (int64_t e = 0; e < p.experts; e++) start[e + 1] += start[e];
-  const int64_t strips = (p.dim + COLUMNS - 1) / COLUMNS;
   const int64_t heights = (hidden + CHANNELS - 1) / CHANNELS;
-  const int64_t tasks = p.experts * strips * heights;
+  // With few experts the strips are what threads share.
+  const int64_t strips = p.experts * heights < 4 * p.threads ? 1 : STRIPS;
+  const int64_t widths = (p.dim + strips * COLUMNS - 1) / (strips * COLUMNS);
+  const int64_t tasks = p.experts * widths * heights;
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     const Tiles tiles(P::IS_TILED);
     Reduction<P, X> reduction;
-    Buffer<float> sums(3 * CHANNELS * COLUMNS), turned(CHANNELS * COLUMNS);
-    float *d_gate = sums, *d_up = d_gate + CHANNELS * COLUMNS, *d_down = d_up + CHANNELS * COLUMNS;
+    constexpr int64_t SIZE = CHANNELS * COLUMNS;
+    Buffer<float> d_gate(strips * SIZE), d_up(strips * SIZE), d_down(strips * SIZE), turned(SIZE);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; task++) {
-      const int64_t e = task / (strips * heights), column = task / heights % strips * COLUMNS;
+      const int64_t e = task / (widths * heights);
+      const int64_t begin = task / heights % widths * strips * COLUMNS;
+      const int64_t left = (p.dim - begin + COLUMNS - 1) / COLUMNS;
+      const int64_t mine = left < strips ? left : strips;
       const int64_t first = task % heights * CHANNELS;
       const int64_t channels = hidden - first < CHANNELS ? hidden - first : CHANNELS;
-      if (start[e] == start[e + 1]) memset(sums, 0, 3 * CHANNELS * COLUMNS * 4);
+      if (start[e] == start[e + 1])
+        for (float* sum : {+d_gate, +d_up, +d_down}) memset(sum, 0, mine * SIZE * 4);
       constexpr int64_t AT_ONCE = ROWS_AT_ONCE / PANEL;
       for (int64_t i = start[e]; i < start[e + 1]; i += AT_ONCE) {
         const Panel* some = panels.data() + i;
         const int64_t count = start[e + 1] - i < AT_ONCE ? start[e + 1] - i : AT_ONCE;
-        const auto sum = [&](const E* left, float* to) {
-          reduction.multiply(channels, first, hidden, left, some, count, i > start[e], to);
+        const auto sum = [&](const E* rows, float* to) {
+          for (int64_t s = 0; s < mine; s++)
+            reduction.multiply(channels, first, hidden, rows, s, some, count, i > start[e],
+                               to + s * SIZE);
         };
-        reduction.gather(x, p.dim, column, some, count, token);
+        reduction.gather(x, p.dim, begin, mine, some, count, token);
         if (w_gate) sum(d_gates, d_gate);
         sum(d_ups, d_up);
-        reduction.gather(d_y, p.dim, column, some, count, token);
+        reduction.gather(d_y, p.dim, begin, mine, some, count, token);
         sum(hiddens, d_down);
       }
       const int64_t real = p.hidden - first < channels ? p.hidden - first : channels;
-      const int64_t wide = p.dim - column < COLUMNS ? p.dim - column : COLUMNS;
-      const int64_t at = (e * p.hidden + first) * p.dim + column;
-      for (int64_t c = 0; c < real; c++) {
-        convert(d_up + c * COLUMNS, wide, static_cast<W*>(d.w_up) + at + c * p.dim);
-        if (w_gate) convert(d_gate + c * COLUMNS, wide, static_cast<W*>(d.w_gate) + at + c * p.dim);
+      for (int64_t s = 0; s < mine; s++) {
+        const int64_t column = begin + s * COLUMNS;
+        const int64_t wide = p.dim - column < COLUMNS ? p.dim - column : COLUMNS;
+        const int64_t at = (e * p.hidden + first) * p.dim + column;
+        const auto give = [&](const float* sum, void* to) {
+          for (int64_t c = 0; c < real; c++)
+            convert(sum + s * SIZE + c * COLUMNS, wide, static_cast<W*>(to) + at + c * p.dim);
+        };
+        if (w_gate) give(d_gate, d.w_gate);
+        give(d_up, d.w_up);
+        write_rows(d_down + s * SIZE, real, COLUMNS, wide, turned, CHANNELS);
+        for (int64_t c = 0; c < wide; c++)
+          convert(turned + c * CHANNELS, real,
+                  static_cast<W*>(d.w_down) + (e * p.dim + column + c) * p.hidden + first);
       }
-      write_rows(d_down, real, COLUMNS, wide, turned, CHANNELS);
-      for (int64_t c = 0; c < wide; c++)
-        convert(turned + c * CHANNELS, real,
-                static_cast<W*>(d.w_down) + (e * p.dim + column + c) * p.hidden + first);
     }
   }
 }

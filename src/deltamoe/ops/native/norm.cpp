@@ -15,6 +15,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 256;  // rows whose share of d_weight is summed by one thread
+constexpr int64_t AHEAD = 4;    // rows whose gradients' lines of the cache are asked for early
 
 enum Activation { NONE, SIGMOID, SILU };
 
@@ -103,6 +104,10 @@ void backward(const Shape& shape, const X* x, const float* weight, const X* logi
     for (int64_t r = begin; r < end; r++) {
       fetch_row(x + r * shape.x_row, size, padded, in);
       fetch_row(d_y + r * size, size, padded, d_out);
+      if (r + AHEAD < end) {
+        prefetch_to_write(d_x + (r + AHEAD) * size, size * sizeof(X));
+        if (act != NONE) prefetch_to_write(d_logits + (r + AHEAD) * size, size * sizeof(X));
+      }
       const float inverse = inverse_root(shape, in, padded);
       if (act != NONE) {
         fetch_row(logits + r * size, size, padded, z);

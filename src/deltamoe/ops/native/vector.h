@@ -180,6 +180,10 @@ static inline void copy_past_caches(const float* from, int64_t n, bf16* to) {
 static inline void prefetch(const void* p, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 }
+// Rows that are written in a moment: a store, too, waits for its line of the cache.
+static inline void prefetch_to_write(const void* p, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 1, 3);
+}
 
 // e^x to 2 ulp: 0 below -87.3 (no subnormal results), inf above 88.7, NaN stays NaN.
 static inline float exp_fast(float x) {
