@@ -5,7 +5,8 @@
 // whatever the number of rows, and of the experts only those that some row chose. What is small
 // (norms, the routing, rounding to 8 bits) every thread does for itself, which is cheaper than one
 // more barrier; of many rows it does a share. Activations and sums are fp32 for every kind of
-// weight. Neither the number of threads nor the rows beside a row change a bit of its results.
+// weight, on AMX too, which gets the activations in parts. Neither the number of threads nor the
+// rows beside a row change a bit of its results.
 //
 // The memory's step is that of ops/kda/reference.py, attention the absorbed form of ops/mla.py.
 
@@ -97,6 +98,8 @@ namespace {
 constexpr int64_t LARGE = 1 << 20;  // bytes of all layers' memories
 constexpr int64_t MANY = 4;         // rows
 constexpr int64_t CHANNELS = 128;   // of the convolution, at a time
+constexpr int64_t LINE = 16;        // numbers of a cache line
+constexpr int64_t BLOCK = 32;       // tokens of the past, at a time
 
 template <class T>
 struct CacheLines {  // an allocator
@@ -121,8 +124,8 @@ struct Rows {
   Room<float> numbers;
   int64_t stride = 0;
 
-  void reserve(int64_t count, int64_t width) {
-    stride = std::max(stride, padded(width));
+  void reserve(int64_t count, int64_t width, int64_t gap = 0) {
+    stride = std::max(stride, padded(width) + gap);
     if (int64_t(numbers.size()) < count * stride) numbers.assign(count * stride, 0.f);
   }
   float* operator[](int64_t i) { return numbers.data() + i * stride; }
@@ -242,7 +245,7 @@ Target into(Rows& rows) { return {rows[0], rows.stride}; }
 
 struct Job {
   const Matrix& matrix;
-  const Vector* x;
+  Vectors x;
   Target to;
 };
 
@@ -269,6 +272,8 @@ struct Thread {
   Rows normed, q, k, v, retained, out, memory_before, memory_after, scores, sources;
   std::vector<Vector> vectors[2], gathered;
   Rounded rounded[2];
+  Room<bf16> parts[3];
+  Room<char> latents, rope_keys;
   Room<float> tile, other_tile;
   Choices choices;
   Routes routes;
@@ -295,6 +300,7 @@ class Decoder {
       Thread& t = threads_[me];
       t.me = me;
       t.all = threads;
+      const Tiles tiles(amx_granted());
       run(t, states, logits);
     });
   }
@@ -338,7 +344,8 @@ class Decoder {
         q_rope_.reserve(batch * m.heads, m.rope_dim);
         int64_t units = 0;
         for (int64_t b = 0; b < batch; b++) units += stretches(past[b] + 1);
-        sources_.reserve(units * m.heads, m.latent_dim);
+        // A line more: tiles of rows that lie 4 KiB apart would wait for each other's stores.
+        sources_.reserve(units * source_rows(m), m.latent_dim, LINE);
         if (int64_t(largest_.size()) < units * m.heads) {
           largest_.resize(units * m.heads);
           total_.resize(units * m.heads);
@@ -404,7 +411,7 @@ class Decoder {
       }
       answer(t, layer, i);
     }
-    const Vector* x = normalize(t, x_, model_.norm, model_.dim, model_.norm_eps, {&model_.head});
+    const Vectors x = normalize(t, x_, model_.norm, model_.dim, model_.norm_eps, {&model_.head});
     multiply(t, {{model_.head, x, {logits, model_.vocab}}});
   }
 
@@ -431,9 +438,11 @@ class Decoder {
     }
   }
 
+  using Readers = std::initializer_list<const Matrix*>;
+
   // Of few rows every thread makes its own copy; of many each makes a share of everyone's.
-  const Vector* normalize(Thread& t, Rows& from, const float* weight, int64_t width, double eps,
-                          std::initializer_list<const Matrix*> readers) {
+  Vectors normalize(Thread& t, Rows& from, const float* weight, int64_t width, double eps,
+                    Readers readers) {
     Rows& to = shares_ ? normed_ : t.normed;
     const auto [begin, end] = my_rows(t, batch_);
     for (int64_t b = begin; b < end; b++) {
@@ -442,15 +451,13 @@ class Decoder {
     }
     const Vector* made = set_vectors(t, 0, to, width, readers, batch_);
     if (shares_) meet(t);
-    return made;
+    return with_parts(t, 0, made, batch_, readers);
   }
 
   // What was made by all is readied for products. Two may be in use at a time.
-  const Vector* prepare(Thread& t, int use, Rows& rows, int64_t width,
-                        std::initializer_list<const Matrix*> readers, int64_t count = 0) {
-    const Vector* made = set_vectors(t, use, rows, width, readers, count ? count : batch_);
-    if (shares_ && are_quantized(readers)) meet(t);
-    return made;
+  Vectors prepare(Thread& t, int use, Rows& rows, int64_t width, Readers readers) {
+    const Vector* made = round(t, use, rows, width, readers, batch_);
+    return with_parts(t, use, made, batch_, readers);
   }
 
   std::pair<int64_t, int64_t> my_rows(const Thread& t, int64_t count) const {
@@ -458,15 +465,22 @@ class Decoder {
     return {t.begin(count), t.end(count)};
   }
 
-  static bool are_quantized(std::initializer_list<const Matrix*> matrices) {
+  static bool are_quantized(Readers matrices) {
     for (const Matrix* m : matrices)
       if (m->rows && m->is_quantized()) return true;
     return false;
   }
 
+  const Vector* round(Thread& t, int use, Rows& rows, int64_t width, Readers readers,
+                      int64_t count) {
+    const Vector* made = set_vectors(t, use, rows, width, readers, count);
+    if (shares_ && are_quantized(readers)) meet(t);
+    return made;
+  }
+
   // Point at vectors, and round this thread's rows if a matrix needs that.
-  const Vector* set_vectors(Thread& t, int use, Rows& rows, int64_t width,
-                            std::initializer_list<const Matrix*> readers, int64_t count) {
+  const Vector* set_vectors(Thread& t, int use, Rows& rows, int64_t width, Readers readers,
+                            int64_t count) {
     const int64_t stride = padded(width), groups = stride / GROUP;
     Rounded& to = shares_ ? rounded_[use] : t.rounded[use];
     std::vector<Vector>& vectors = t.vectors[use];
@@ -484,6 +498,18 @@ class Decoder {
     return vectors.data();
   }
 
+  // And their parts, if a matrix needs them.
+  static Vectors with_parts(Thread& t, int use, const Vector* x, int64_t count, Readers readers) {
+    for (const Matrix* m : readers) {
+      if (!is_for_tiles(*m)) continue;
+      const int64_t size = parts_size(count, m->columns);
+      if (int64_t(t.parts[use].size()) < size) t.parts[use].resize(size);
+      pack_parts(x, count, m->columns, t.parts[use].data());
+      return {x, count, t.parts[use].data()};
+    }
+    return {x, count};
+  }
+
   // Every job's matrix times its vectors; threads share the tiles of all.
   void multiply(Thread& t, std::initializer_list<Job> jobs) {
     int64_t tiles = 0, base = 0;
@@ -497,7 +523,7 @@ class Decoder {
         const int64_t later = tile + m.lead();
         const void* next = later < stop ? m.tile(later) : nullptr;
         if (continues && later >= stop) next = (&job + 1)->matrix.tile(later - stop);
-        tile_product(m, tile, job.x, batch_, t.tile.data(), next);
+        tile_product(m, tile, job.x, t.tile.data(), next);
         for (int64_t b = 0; b < batch_; b++)
           memcpy(job.to.p + b * job.to.stride + tile * TILE, t.tile.data() + b * TILE,
                  rows_in(m, tile) * sizeof(float));
@@ -508,11 +534,11 @@ class Decoder {
 
   // x += matrix times what the mixer made.
   void add_to_stream(Thread& t, const Matrix& m, Rows& from) {
-    const Vector* v = prepare(t, 0, from, m.columns, {&m});
+    const Vectors v = prepare(t, 0, from, m.columns, {&m});
     const int64_t end = t.end(m.tiles());
     for (int64_t tile = t.begin(m.tiles()); tile < end; tile++) {
       const int64_t later = tile + m.lead();
-      tile_product(m, tile, v, batch_, t.tile.data(), later < end ? m.tile(later) : nullptr);
+      tile_product(m, tile, v, t.tile.data(), later < end ? m.tile(later) : nullptr);
       for (int64_t b = 0; b < batch_; b++)
         for (int64_t i = 0; i < rows_in(m, tile); i++)
           x_[b][tile * TILE + i] += t.tile[b * TILE + i];
@@ -525,7 +551,7 @@ class Decoder {
   template <class T>
   void remember(Thread& t, const Layer& layer, const LayerState& state) {
     const Kda& m = layer.kda;
-    const Vector* x = normalize(t, x_, layer.mixer_norm, model_.dim, model_.norm_eps,
+    const Vectors x = normalize(t, x_, layer.mixer_norm, model_.dim, model_.norm_eps,
                                 {&m.q, &m.k, &m.v, &m.decay_down, &m.beta, &m.gate_down});
     multiply(t, {{m.q, x, into(q_)},
                  {m.k, x, into(k_)},
@@ -534,8 +560,8 @@ class Decoder {
                  {m.beta, x, into(beta_)},
                  {m.gate_down, x, into(gate_down_)}});
     meet(t);
-    const Vector* decay = prepare(t, 0, decay_down_, m.decay_down.rows, {&m.decay_up});
-    const Vector* gate = prepare(t, 1, gate_down_, m.gate_down.rows, {&m.gate_up});
+    const Vectors decay = prepare(t, 0, decay_down_, m.decay_down.rows, {&m.decay_up});
+    const Vectors gate = prepare(t, 1, gate_down_, m.gate_down.rows, {&m.gate_up});
     multiply(t, {{m.decay_up, decay, into(decay_)}, {m.gate_up, gate, into(gate_)}});
     convolve<T>(t, m, state);
     meet(t);
@@ -648,20 +674,31 @@ class Decoder {
 
   // --- MLA ------------------------------------------------------------------------------------
 
-  // Into how many stretches a past of n tokens is cut: a function of n alone.
-  static int64_t stretches(int64_t n) { return std::min<int64_t>(16, (n + 31) / 32); }
+  // Into how many stretches of whole blocks a past of n tokens is cut: a function of n alone.
+  static int64_t stretches(int64_t n) { return std::min<int64_t>(16, (n + BLOCK - 1) / BLOCK); }
+  static int64_t stretch_begin(int64_t n, int64_t i) {
+    return std::min(n, (n + BLOCK - 1) / BLOCK * i / stretches(n) * BLOCK);
+  }
+
+  // Rows of `sources_` that a stretch has: its heads', or on tiles their parts'.
+  bool are_on_tiles(const Mla& m) const {
+    return is_for_tiles({nullptr, nullptr, BLOCK, m.latent_dim, model_.state_kind});
+  }
+  int64_t source_rows(const Mla& m) const {
+    return are_on_tiles(m) ? part_tiles(m.heads) * TILE : m.heads;
+  }
 
   template <class T>
   void attend(Thread& t, const Layer& layer, const LayerState& state) {
     const Mla& m = layer.mla;
     const int64_t* past = rows_.past;
-    const Vector* x = normalize(t, x_, layer.mixer_norm, model_.dim, model_.norm_eps,
+    const Vectors x = normalize(t, x_, layer.mixer_norm, model_.dim, model_.norm_eps,
                                 {&m.q, &m.latent});
     Rows& first = m.q_up.rows ? query_down_ : query_;
     multiply(t, {{m.q, x, into(first)}, {m.latent, x, into(latent_)}});
     meet(t);
     if (m.q_up.rows) {
-      const Vector* v =
+      const Vectors v =
           normalize(t, query_down_, m.query_norm, m.q.rows, m.norm_eps, {&m.q_up});
       multiply(t, {{m.q_up, v, into(query_)}});
       meet(t);
@@ -701,7 +738,7 @@ class Decoder {
       const int64_t n = past[b] + 1, count = stretches(n);
       for (int64_t i = 0; i < count; i++, unit++)
         if (unit >= begin && unit < end)
-          stretch<T>(t, m, state, n * i / count, n * (i + 1) / count, b, unit);
+          stretch<T>(t, m, state, stretch_begin(n, i), stretch_begin(n, i + 1), b, unit);
     }
     meet(t);
 
@@ -713,9 +750,10 @@ class Decoder {
         first_unit += count;
       }
       const Matrix values = up.cut(h * (m.nope_dim + m.value_dim) + m.nope_dim, m.value_dim);
-      const Vector* v = set_vectors(t, 0, t.sources, L, {}, batch_);
+      const Vectors v =
+          with_parts(t, 0, set_vectors(t, 0, t.sources, L, {}, batch_), batch_, {&values});
       for (int64_t tile = 0; tile < values.tiles(); tile++) {
-        tile_product(values, tile, v, batch_, t.tile.data(), values.tile(tile + 1));
+        tile_product(values, tile, v, t.tile.data(), values.tile(tile + 1));
         for (int64_t b = 0; b < batch_; b++)
           memcpy(attended_[b] + h * m.value_dim + tile * TILE, t.tile.data() + b * TILE,
                  rows_in(values, tile) * sizeof(float));
@@ -751,48 +789,45 @@ class Decoder {
   template <class T>
   void stretch(Thread& t, const Mla& m, const LayerState& state, int64_t begin, int64_t end,
                int64_t b, int64_t unit) {
-    constexpr int64_t BLOCK = 32;  // tokens whose latents stay in the cache between the two uses
     const int64_t H = m.heads, L = m.latent_dim, P = m.rope_dim;
     const int64_t kind = sizeof(T) == 4 ? FP32 : BF16;
+    const bool on_tiles = are_on_tiles(m);
+    const int64_t rows = on_tiles ? PARTS : 1;  // of sources, for a head
     const float scale = 1.f / std::sqrt(float(m.query_dim()));
     float *largest = largest_.data() + unit * H, *total = total_.data() + unit * H;
+    float* sources = sources_[unit * source_rows(m)];
+    std::fill(sources, sources + source_rows(m) * sources_.stride, 0.f);
     std::vector<Vector>&q = t.gathered, &q_rope = t.vectors[1];
     if (int64_t(q_rope.size()) < H) q_rope.resize(H);
     for (int64_t h = 0; h < H; h++) {
       largest[h] = -INFINITY;
       total[h] = 0.f;
-      std::fill(sources_[unit * H + h], sources_[unit * H + h] + L, 0.f);
       q[h] = {q_latent_[b * H + h], nullptr, nullptr, nullptr};
       q_rope[h] = {q_rope_[b * H + h], nullptr, nullptr, nullptr};
     }
+    Matrix keys{nullptr, nullptr, BLOCK, L, kind}, rope{nullptr, nullptr, BLOCK, P, kind};
+    const Vectors by_latent = with_parts(t, 0, q.data(), H, {&keys});
+    const Vectors by_rope = with_parts(t, 1, q_rope.data(), H, {&rope});
+    if (on_tiles) t.parts[2].resize(parts_size(H, 32));
     t.scores.reserve(H, BLOCK);
-    // Meanwhile the next block is asked for, half of it with each of the two uses.
-    const auto latents = [&](int64_t s) {
-      return token<T>(state.latent, state.latent_stride, L, b, s);
-    };
-    const auto to_next = [&](int64_t s) -> int64_t {  // bytes
-      if (s + BLOCK > rows_.past[b]) return 0;
-      return reinterpret_cast<const char*>(latents(s + BLOCK)) -
-             reinterpret_cast<const char*>(latents(s));
-    };
     for (int64_t s = begin; s < end; s += BLOCK) {
       const int64_t n = std::min(BLOCK, end - s);
-      in_pages(s, s + n, [&](int64_t from, int64_t count) {
-        const Matrix keys{latents(from), nullptr, count, L, kind};
-        const T* rope_keys = token<T>(state.rope_key, state.rope_key_stride, P, b, from);
-        const Matrix rope{rope_keys, nullptr, count, P, kind};
-        for (int64_t tile = 0; tile < keys.tiles(); tile++) {
-          tile_product(keys, tile, q.data(), H, t.tile.data(), keys.tile(tile) + to_next(from),
-                       {0, 2});
-          if (P) tile_product(rope, tile, q_rope.data(), H, t.other_tile.data());
-          for (int64_t h = 0; h < H; h++)
-            for (int64_t i = 0; i < rows_in(keys, tile); i++) {
-              const float by_rope = P ? t.other_tile[h * TILE + i] : 0.f;
-              t.scores[h][from - s + tile * TILE + i] =
-                  (t.tile[h * TILE + i] + by_rope) * scale;
-            }
-        }
-      });
+      const T* latents = block<T>(t.latents, state.latent, state.latent_stride, L, b, s, n);
+      keys.values = latents;
+      rope.values = block<T>(t.rope_keys, state.rope_key, state.rope_key_stride, P, b, s, n);
+      // Meanwhile the next block is asked for, half of it with each of the two uses.
+      const int64_t to_next = s + BLOCK > rows_.past[b] ? 0 :
+          reinterpret_cast<const char*>(
+              token<T>(state.latent, state.latent_stride, L, b, s + BLOCK)) -
+          reinterpret_cast<const char*>(latents);
+      for (int64_t tile = 0; tile * TILE < n; tile++) {
+        tile_product(keys, tile, by_latent, t.tile.data(), keys.tile(tile) + to_next, {0, 2});
+        if (P) tile_product(rope, tile, by_rope, t.other_tile.data());
+        for (int64_t h = 0; h < H; h++)
+          for (int64_t i = 0; i < TILE; i++)
+            t.scores[h][tile * TILE + i] =
+                (t.tile[h * TILE + i] + (P ? t.other_tile[h * TILE + i] : 0.f)) * scale;
+      }
       for (int64_t h = 0; h < H; h++) {
         float* scores = t.scores[h];
         std::fill(scores + n, scores + BLOCK, -INFINITY);
@@ -806,8 +841,8 @@ class Decoder {
         if (most != largest[h]) {
           const float shrink = exp_fast(largest[h] - most);
           total[h] *= shrink;
-          float* sources = sources_[unit * H + h];
-          for (int64_t i = 0; i < L; i++) sources[i] *= shrink;
+          for (int64_t r = h * rows; r < (h + 1) * rows; r++)
+            for (int64_t i = 0; i < L; i++) sources[r * sources_.stride + i] *= shrink;
           largest[h] = most;
         }
         for (int64_t i = 0; i < BLOCK; i += LANES) {
@@ -817,22 +852,28 @@ class Decoder {
         }
         total[h] += sum(sums);
       }
-      in_pages(s, s + n, [&](int64_t from, int64_t count) {
-        add_rows(latents(from), count, L, L, t.scores[0] + (from - s), t.scores.stride, H,
-                 sources_[unit * H], sources_.stride, to_next(from), {1, 2});
-      });
+      if constexpr (sizeof(T) == 2)
+        if (on_tiles) {
+          add_parts(latents, L, t.scores[0], t.scores.stride, H, sources, sources_.stride, to_next,
+                    t.parts[2].data());
+          continue;
+        }
+      add_rows(latents, n, L, L, t.scores[0], t.scores.stride, H, sources, sources_.stride,
+               to_next, {1, 2});
     }
+    if (on_tiles) join_parts(sources, sources_.stride, H, L);
   }
 
-  // What of a stretch lies together: visit(first token, how many).
-  template <class Visit>
-  void in_pages(int64_t begin, int64_t end, Visit visit) const {
-    while (begin < end) {
-      const int64_t size = rows_.page_tokens;
-      const int64_t next = std::min(end, (begin / size + 1) * size);
-      visit(begin, next - begin);
-      begin = next;
-    }
+  // A block's n tokens from `first` where they lie together, followed by zeros if they are few.
+  template <class T>
+  const T* block(Room<char>& room, void* pages, int64_t stride, int64_t width, int64_t b,
+                 int64_t first, int64_t n) const {
+    const int64_t size = rows_.page_tokens, bytes = width * sizeof(T);
+    if (n == BLOCK && first % size + n <= size) return token<T>(pages, stride, width, b, first);
+    room.assign(BLOCK * bytes, 0);
+    for (int64_t i = 0; i < n; i++)
+      memcpy(room.data() + i * bytes, token<T>(pages, stride, width, b, first + i), bytes);
+    return reinterpret_cast<const T*>(room.data());
   }
 
   void merge(const Mla& m, int64_t h, int64_t first_unit, int64_t count, float* to) {
@@ -842,7 +883,8 @@ class Decoder {
     std::fill(to, to + m.latent_dim, 0.f);
     for (int64_t i = 0; i < count; i++) {
       const int64_t at = (first_unit + i) * m.heads + h;
-      const float by = exp_fast(largest_[at] - most), *sources = sources_[at];
+      const float by = exp_fast(largest_[at] - most);
+      const float* sources = sources_[(first_unit + i) * source_rows(m) + h];
       total += total_[at] * by;
       for (int64_t j = 0; j < m.latent_dim; j++) to[j] += sources[j] * by;
     }
@@ -853,7 +895,7 @@ class Decoder {
 
   void answer(Thread& t, const Layer& layer, int64_t index) {
     const Channel& c = layer.channel;
-    const Vector* x = normalize(t, x_, layer.channel_norm, model_.dim, model_.norm_eps,
+    const Vectors x = normalize(t, x_, layer.channel_norm, model_.dim, model_.norm_eps,
                                 {&c.gate, &c.up, &c.router, &c.w_gate, &c.w_up});
     if (c.num_experts) multiply(t, {{c.router, x, into(router_)}});
     Rows& everyones = c.num_experts ? shared_hidden_ : hidden_;
@@ -862,12 +904,12 @@ class Decoder {
       const int64_t later = tile + c.up.lead();
       const void* next[] = {later < tiles ? c.up.tile(later) : nullptr,
                             later < tiles ? c.gate.tile(later) : nullptr};
-      half_way(t, c.gate, c.up, tile, next, x, batch_, [&](int64_t b) { return everyones[b]; });
+      half_way(t, c.gate, c.up, tile, next, x, [&](int64_t b) { return everyones[b]; });
     }
     meet(t);
     if (c.num_experts) {
       route(t, c, rows_.expert_ids + index * batch_ * c.experts_per_token);
-      visit_experts(t, c, x);
+      visit_experts(t, c, x.each);
       meet(t);
     }
 
@@ -879,18 +921,22 @@ class Decoder {
     if (c.num_experts) {
       const int64_t A = c.experts_per_token, width = end - begin;
       const Vector* hidden =
-          prepare(t, 0, expert_hidden_, c.w_up.rows, {&c.w_down}, batch_ * A);
+          round(t, 0, expert_hidden_, c.w_up.rows, {&c.w_down}, batch_ * A);
       const Routes& r = t.routes;
       const int64_t units = int64_t(r.experts.size()) * width, lead = c.w_down.lead();
+      Vectors x = {};
       for (int64_t unit = 0; unit < units; unit++) {
         const int64_t e = unit / width, tile = begin + unit % width, later = unit + lead;
         const int64_t* members = r.members.data() + r.starts[e];
         const int64_t count = r.starts[e + 1] - r.starts[e];
-        for (int64_t i = 0; tile == begin && i < count; i++) t.gathered[i] = hidden[members[i]];
         const Matrix down = c.w_down.at(r.experts[e]);
+        if (tile == begin) {
+          for (int64_t i = 0; i < count; i++) t.gathered[i] = hidden[members[i]];
+          x = with_parts(t, 0, t.gathered.data(), count, {&down});
+        }
         const void* next = later < units
             ? c.w_down.at(r.experts[later / width]).tile(begin + later % width) : nullptr;
-        tile_product(down, tile, t.gathered.data(), count, t.tile.data(), next);
+        tile_product(down, tile, x, t.tile.data(), next);
         for (int64_t i = 0; i < count; i++) {
           float* to = answer_[members[i] / A] + tile * TILE;
           for (int64_t j = 0; j < rows_in(down, tile); j++)
@@ -899,10 +945,10 @@ class Decoder {
       }
     }
     if (c.down.rows) {
-      const Vector* hidden = prepare(t, 1, everyones, c.down.columns, {&c.down});
+      const Vectors hidden = prepare(t, 1, everyones, c.down.columns, {&c.down});
       for (int64_t tile = begin; tile < end; tile++) {
         const int64_t later = tile + c.down.lead();
-        tile_product(c.down, tile, hidden, batch_, t.tile.data(),
+        tile_product(c.down, tile, hidden, t.tile.data(),
                      later < end ? c.down.tile(later) : nullptr);
         for (int64_t b = 0; b < batch_; b++)
           for (int64_t j = 0; j < rows_in(c.down, tile); j++)
@@ -914,24 +960,24 @@ class Decoder {
     meet(t);
   }
 
-  // A tile of an expert's hidden vector for `count` inputs; row i goes to to(i). `next`: of `up`
+  // A tile of an expert's hidden vector for each input; row i goes to to(i). `next`: of `up`
   // and `gate`, what to ask for meanwhile.
   template <class To>
   void half_way(Thread& t, const Matrix& gate, const Matrix& up, int64_t tile,
-                const void* const next[2], const Vector* x, int64_t count, To to) {
+                const void* const next[2], const Vectors& x, To to) {
     float *by_up = t.tile.data(), *by_gate = t.other_tile.data();
-    tile_product(up, tile, x, count, by_up, next[0]);
+    tile_product(up, tile, x, by_up, next[0]);
     const int64_t rows = rows_in(up, tile);
     if (gate.rows) {
-      tile_product(gate, tile, x, count, by_gate, next[1]);
-      for (int64_t i = 0; i < count; i++) {
+      tile_product(gate, tile, x, by_gate, next[1]);
+      for (int64_t i = 0; i < x.count; i++) {
         float* y = to(i) + tile * TILE;
 #pragma omp simd
         for (int64_t j = 0; j < rows; j++)
           y[j] = silu(by_gate[i * TILE + j]) * by_up[i * TILE + j];
       }
     } else {
-      for (int64_t i = 0; i < count; i++)
+      for (int64_t i = 0; i < x.count; i++)
         for (int64_t j = 0; j < rows; j++) {
           const float u = by_up[i * TILE + j];
           to(i)[tile * TILE + j] = 0.5f * u * (1.f + std::erf(u * 0.70710678f));
@@ -939,7 +985,7 @@ class Decoder {
     }
   }
 
-  void visit_experts(Thread& t, const Channel& c, const Vector* x) {
+  void visit_experts(Thread& t, const Channel& c, const Vector* all) {
     const Routes& r = t.routes;
     const int64_t A = c.experts_per_token, tiles = c.w_up.tiles();
     const int64_t units = int64_t(r.experts.size()) * tiles;
@@ -951,12 +997,13 @@ class Decoder {
       const int64_t e = unit / tiles;
       const int64_t* members = r.members.data() + r.starts[e];
       const int64_t count = r.starts[e + 1] - r.starts[e];
-      for (int64_t i = 0; i < count; i++) t.gathered[i] = x[members[i] / A];
+      for (int64_t i = 0; i < count; i++) t.gathered[i] = all[members[i] / A];
       const Matrix gate = c.w_gate.rows ? c.w_gate.at(r.experts[e]) : c.w_gate;
       const Matrix up = c.w_up.at(r.experts[e]);
+      const Vectors x = with_parts(t, 1, t.gathered.data(), count, {&gate, &up});
       for (; unit < end && unit / tiles == e; unit++) {
         const void* next[] = {at(c.w_up, unit + lead), at(c.w_gate, unit + lead)};
-        half_way(t, gate, up, unit % tiles, next, t.gathered.data(), count,
+        half_way(t, gate, up, unit % tiles, next, x,
                  [&](int64_t i) { return expert_hidden_[members[i]]; });
       }
     }

@@ -286,7 +286,9 @@ struct Chunk {
   template <class Reads, class Wrote>
   void sweep_block(int first, Reads reads, Wrote wrote) {
     constexpr int SIZES[LEVELS + 1] = {NEAR, 2 * NEAR, BLOCK};
-    const auto number = [&](int half, int t) { return first / 2 + t / (2 * half) * half + t % half; };
+    const auto number = [&](int half, int t) {
+      return first / 2 + t / (2 * half) * half + t % half;
+    };
     for (int j = 0; j < K; j += LANES) {
       vec within[LEVELS + 1];
 #pragma GCC unroll 16

@@ -29,7 +29,7 @@ EXPORT void matvec(const Matrix* matrix, const float* x, int64_t x_row, int64_t 
     std::vector<float> out(count * TILE);
 #pragma omp for schedule(static)
     for (int64_t tile = 0; tile < m.tiles(); tile++) {
-      tile_product(m, tile, vectors.data(), count, out.data());
+      tile_product(m, tile, {vectors.data(), count}, out.data());
       const int64_t first = tile * TILE, rows = m.rows - first < TILE ? m.rows - first : TILE;
       for (int64_t b = 0; b < count; b++)
         memcpy(y + b * y_row + first, out.data() + b * TILE, rows * sizeof(float));

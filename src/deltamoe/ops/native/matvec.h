@@ -11,6 +11,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "gemm_bf16.h"
 #include "vector.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -84,6 +85,13 @@ struct Vector {
   const int32_t* sums;   // minus the sum of each group's codes
 };
 
+// Several of them, and perhaps what `pack_parts` makes of them.
+struct Vectors {
+  const Vector* each;
+  int64_t count;
+  const bf16* parts = nullptr;
+};
+
 static inline vec load(const bf16* p) {
 #if defined(__AVX512F__)
   __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -104,8 +112,6 @@ static inline vec load_some(const W* p, int64_t count) {  // 0 < count < LANES; 
   return load(room);
 }
 
-constexpr int FEW = 8;  // vectors that share one pass
-
 // One of several passes over the same weights, for the vectors from `first`.
 struct Pass {
   int64_t index, count, first;
@@ -122,23 +128,22 @@ struct Turn {
   int64_t index = 0, of = 1;
 };
 
-// visit(pass, how many vectors, as a constant)
-template <class Visit>
+// visit(n as a constant), n from 1 to MOST
+template <int MOST, class Visit>
+static inline void with_constant(int64_t n, Visit visit) {
+  if constexpr (MOST > 1)
+    if (n < MOST) return with_constant<MOST - 1>(n, visit);
+  visit(std::integral_constant<int, MOST>{});
+}
+
+// Passes of at most MOST vectors each: visit(pass, how many, as a constant)
+template <int MOST, class Visit>
 static inline void in_passes(int64_t count, Turn turn, Visit visit) {
-  const int64_t passes = (count + FEW - 1) / FEW, end = (turn.index + 1) * passes;
+  const int64_t passes = (count + MOST - 1) / MOST, end = (turn.index + 1) * passes;
   Pass pass{turn.index * passes, turn.of * passes, 0};
   for (; pass.index < end; pass.index++) {
     const int64_t here = (count - pass.first) / (end - pass.index);
-    switch (here) {
-      case 1: visit(pass, std::integral_constant<int, 1>{}); break;
-      case 2: visit(pass, std::integral_constant<int, 2>{}); break;
-      case 3: visit(pass, std::integral_constant<int, 3>{}); break;
-      case 4: visit(pass, std::integral_constant<int, 4>{}); break;
-      case 5: visit(pass, std::integral_constant<int, 5>{}); break;
-      case 6: visit(pass, std::integral_constant<int, 6>{}); break;
-      case 7: visit(pass, std::integral_constant<int, 7>{}); break;
-      default: visit(pass, std::integral_constant<int, FEW>{});
-    }
+    with_constant<MOST>(here, [&](auto constant) { visit(pass, constant); });
     pass.first += here;
   }
 }
@@ -218,9 +223,8 @@ template <class W>
 static void float_tile(const void* values, int64_t rows, int64_t columns, const Vector* x,
                        int64_t count, float* out, int64_t to_next, Turn turn) {
   const W* w = static_cast<const W*>(values);
-  in_passes(count, turn, [&](Pass pass, auto constant) {
-    constexpr int N = decltype(constant)::value;
-    constexpr int ROWS = N > 6 ? 2 : 4;  // as many sums as there are registers for
+  in_passes<4>(count, turn, [&](Pass pass, auto constant) {  // more leave too little of the cache
+    constexpr int N = decltype(constant)::value, ROWS = 4;
     const Vector* with = x + pass.first;
     float* to = out + pass.first * TILE;
     int64_t r = 0;
@@ -229,6 +233,160 @@ static void float_tile(const void* values, int64_t rows, int64_t columns, const 
     for (; r < rows; r++)
       float_rows<W, 1, N>(w + r * columns, columns, with, to + r, pass, to_next);
   });
+}
+
+// --- bf16 on AMX ------------------------------------------------------------------------------
+//
+// Tiles multiply bf16 numbers and sum in fp32. The weights are such numbers; a vector's are cut into
+// three, of 8 bits each, so that every product is as exact as the vector: PARTS columns of the right
+// side stand for one vector, and do not know of those beside them.
+
+constexpr int64_t PARTS = 3;
+constexpr int64_t WIDEST = 6;  // tiles of columns in one pass: two whole groups of 16 vectors
+
+static inline int64_t part_tiles(int64_t count) { return (PARTS * count + TILE - 1) / TILE; }
+
+// bf16 numbers that `pack_parts` writes.
+static inline int64_t parts_size(int64_t count, int64_t columns) {
+  return part_tiles(count) * TILE * columns;
+}
+
+static inline bool is_for_tiles(const Matrix& m) {
+  return m.rows >= TILE && m.kind == BF16 && m.columns % 32 == 0 && amx_granted();
+}
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+// The parts of 32 numbers, `stride` bf16 numbers from one to the next.
+static inline void split(const float* x, bf16* to, int64_t stride) {
+  const __m512i upper_halves = _mm512_set_epi16(
+      63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19,
+      17, 15, 13, 11, 9, 7, 5, 3, 1);
+  const auto upper = [](vec x) { return (vec)((ivec)x & int32_t(0xffff0000)); };
+  vec low = load(x), high = load(x + LANES);
+#pragma GCC unroll 3
+  for (int64_t p = 0; p < PARTS; p++) {
+    _mm512_storeu_si512(to + p * stride,
+                        _mm512_permutex2var_epi16((__m512i)low, upper_halves, (__m512i)high));
+    low -= upper(low);
+    high -= upper(high);
+  }
+}
+
+// To [columns / 32][part_tiles][16 pairs of inputs][16 columns].
+static void pack_parts(const Vector* x, int64_t count, int64_t columns, bf16* to) {
+  alignas(64) bf16 parts[PARTS * TILE][32] = {};
+  const int64_t tiles = part_tiles(count);
+  for (int64_t first = 0; first < count; first += TILE) {
+    const int64_t here = std::min<int64_t>(TILE, count - first);
+    for (int64_t k = 0; k < columns; k += 32) {
+      for (int64_t b = 0; b < here; b++) split(x[first + b].values + k, parts[PARTS * b], 32);
+      bf16* tile = to + (k / 32 * tiles + first * PARTS / TILE) * (TILE * 32);
+      for (int64_t n = 0; n < part_tiles(here); n++, tile += TILE * 32)  // pairs move as one number
+        transpose_square(reinterpret_cast<const float*>(parts[n * TILE]), TILE,
+                         reinterpret_cast<float*>(tile), TILE);
+    }
+  }
+}
+
+// 16 rows of weights times WIDE tiles of columns; to [WIDE][16 rows][16 columns].
+template <int WIDE>
+static void multiply_parts(const bf16* w, int64_t columns, const bf16* parts, int64_t tiles,
+                           float* to, Pass pass, int64_t to_next) {
+#define EACH_TILE(DO) \
+  DO(0) if constexpr (WIDE > 1) { DO(1) } if constexpr (WIDE > 2) { DO(2) } \
+  if constexpr (WIDE > 3) { DO(3) } if constexpr (WIDE > 4) { DO(4) } if constexpr (WIDE > 5) { DO(5) }
+#define ZERO(n) _tile_zero(n);
+#define ADD(n) _tile_loadd(7, parts + n * TILE * 32, 64); _tile_dpbf16ps(n, 6, 7);
+#define STORE(n) _tile_stored(n, to + n * TILE * TILE, 64);
+  before_tile_loads();
+  EACH_TILE(ZERO)
+  for (int64_t k = 0; k < columns; k += 32, parts += tiles * TILE * 32) {
+    const char* next = reinterpret_cast<const char*>(w + k * TILE) + pass.ahead(k / 32, to_next);
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE; i++) prefetch(next + i * 64);
+    _tile_loadd(6, w + k, columns * sizeof(bf16));
+    EACH_TILE(ADD)
+  }
+  EACH_TILE(STORE)
+#undef EACH_TILE
+#undef ZERO
+#undef ADD
+#undef STORE
+}
+
+static void amx_tile(const bf16* w, int64_t columns, const Vectors& x, float* out,
+                     int64_t to_next, Turn turn) {
+  using Multiply = decltype(&multiply_parts<1>);
+  constexpr Multiply BY_WIDTH[] = {multiply_parts<1>, multiply_parts<2>, multiply_parts<3>,
+                                   multiply_parts<4>, multiply_parts<5>, multiply_parts<6>};
+  alignas(64) float products[WIDEST * TILE * TILE];
+  const int64_t tiles = part_tiles(x.count), passes = (tiles + WIDEST - 1) / WIDEST;
+  for (int64_t i = 0; i < passes; i++) {
+    const int64_t first = i * WIDEST, wide = std::min(WIDEST, tiles - first);
+    const Pass pass{turn.index * passes + i, turn.of * passes, first * TILE / PARTS};
+    BY_WIDTH[wide - 1](w, columns, x.parts + first * TILE * 32, tiles, products, pass, to_next);
+    for (int64_t n = 0; n < wide; n++)
+      transpose_square(products + n * TILE * TILE, TILE, products + n * TILE * TILE, TILE);
+    const float* from = products;
+    const int64_t last = std::min(x.count, pass.first + WIDEST * TILE / PARTS);
+    for (int64_t b = pass.first; b < last; b++, from += PARTS * TILE)
+      store(out + b * TILE, load(from) + (load(from + TILE) + load(from + 2 * TILE)));
+  }
+}
+
+// y[PARTS b + p][0..columns) += sum over 32 rows of part p of c[b][r], times W[r][0..columns): what
+// `join_parts` makes a sum of `add_rows`. There are as many rows of y as fill tiles, and `room` for
+// parts_size(count, 32) numbers; columns are a multiple of 32. Of what is `to_next` bytes further
+// this asks for every other kilobyte, and Turn{0, 2} for those between.
+static void add_parts(const bf16* w, int64_t columns, const float* c, int64_t c_stride,
+                      int64_t count, float* y, int64_t y_stride, int64_t to_next, bf16* room) {
+  const int64_t tiles = part_tiles(count), y_row = y_stride * sizeof(float);
+  std::fill(room, room + parts_size(count, 32), bf16{});
+  for (int64_t b = 0; b < count; b++) split(c + b * c_stride, room + b * PARTS * 32, 32);
+  alignas(64) int16_t places[32];
+  for (int i = 0; i < 32; i++) places[i] = i / 2 + i % 2 * 32;
+  const __m512i low = _mm512_load_si512(places);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  alignas(64) bf16 pairs[2][TILE][32];  // of rows, for 16 columns and for the next
+  for (int64_t k = 0; k < columns; k += 32) {
+    const char* next = reinterpret_cast<const char*>(w + k * 32) + to_next + 1024;
+    for (int64_t i = 0; i < TILE; i++) {
+      prefetch(next + i * 64);
+      const __m512i a = _mm512_loadu_si512(w + 2 * i * columns + k);
+      const __m512i b = _mm512_loadu_si512(w + (2 * i + 1) * columns + k);
+      _mm512_store_si512(pairs[0][i], _mm512_permutex2var_epi16(a, low, b));
+      _mm512_store_si512(pairs[1][i], _mm512_permutex2var_epi16(a, high, b));
+    }
+    before_tile_loads();
+    _tile_loadd(3, pairs[0], 64);
+    _tile_loadd(4, pairs[1], 64);
+    for (int64_t m = 0; m < tiles; m++) {
+      float* to = y + m * TILE * y_stride + k;
+      _tile_loadd(0, to, y_row);
+      _tile_loadd(1, to + TILE, y_row);
+      _tile_loadd(2, room + m * TILE * 32, 64);
+      _tile_dpbf16ps(0, 2, 3);
+      _tile_dpbf16ps(1, 2, 4);
+      _tile_stored(0, to, y_row);
+      _tile_stored(1, to + TILE, y_row);
+    }
+  }
+  before_tile_loads();
+}
+#else
+static inline void add_parts(const bf16*, int64_t, const float*, int64_t, int64_t, float*,
+                             int64_t, int64_t, bf16*) {}
+static inline void pack_parts(const Vector*, int64_t, int64_t, bf16*) {}
+static inline void amx_tile(const bf16*, int64_t, const Vectors&, float*, int64_t, Turn) {}
+#endif
+
+// Of each b's PARTS rows of y the sum, in row b.
+static inline void join_parts(float* y, int64_t y_stride, int64_t count, int64_t columns) {
+  for (int64_t b = 0; b < count; b++) {
+    const float* from = y + PARTS * b * y_stride;
+    for (int64_t i = 0; i < columns; i++)
+      y[b * y_stride + i] = from[i] + (from[y_stride + i] + from[2 * y_stride + i]);
+  }
 }
 
 // --- quantised ------------------------------------------------------------------------------
@@ -433,28 +591,31 @@ template <int BITS>
 static void quantized_tile(const uint8_t* w, const uint16_t* scales, int64_t groups,
                            const Vector* x, int64_t count, float* out, int64_t to_next,
                            Turn turn) {
-  in_passes(count, turn, [&](Pass pass, auto constant) {
+  in_passes<8>(count, turn, [&](Pass pass, auto constant) {
     quantized_pass<BITS, decltype(constant)::value>(w, scales, groups, x + pass.first,
                                                     out + pass.first * TILE, pass, to_next);
   });
 }
 
-// One tile of outputs for `count` vectors: out[b * 16 + row]. What lies beyond the last row is
+// One tile of outputs for each vector: out[b * 16 + row]. What lies beyond the last row is
 // unspecified. The tile is read from memory once, and meanwhile the one at `next` is asked for, or
 // of it what falls to this turn.
-static void tile_product(const Matrix& m, int64_t tile, const Vector* x, int64_t count, float* out,
+static void tile_product(const Matrix& m, int64_t tile, const Vectors& x, float* out,
                          const void* next = nullptr, Turn turn = {}) {
   const int64_t rows = std::min<int64_t>(TILE, m.rows - tile * TILE), groups = m.groups();
   const uint8_t* values = m.tile(tile);
   const int64_t to_next = next ? static_cast<const uint8_t*>(next) - values : 0;
   if (m.kind == FP32)
-    return float_tile<float>(values, rows, m.columns, x, count, out, to_next, turn);
-  if (m.kind == BF16)
-    return float_tile<bf16>(values, rows, m.columns, x, count, out, to_next, turn);
+    return float_tile<float>(values, rows, m.columns, x.each, x.count, out, to_next, turn);
+  if (m.kind == BF16) {
+    if (x.parts && rows == TILE)
+      return amx_tile(reinterpret_cast<const bf16*>(values), m.columns, x, out, to_next, turn);
+    return float_tile<bf16>(values, rows, m.columns, x.each, x.count, out, to_next, turn);
+  }
   const uint16_t* scales = static_cast<const uint16_t*>(m.scales) + tile * groups * TILE;
   if (m.kind == INT8)
-    return quantized_tile<8>(values, scales, groups, x, count, out, to_next, turn);
-  quantized_tile<4>(values, scales, groups, x, count, out, to_next, turn);
+    return quantized_tile<8>(values, scales, groups, x.each, x.count, out, to_next, turn);
+  quantized_tile<4>(values, scales, groups, x.each, x.count, out, to_next, turn);
 }
 
 // Round n numbers, padded with zeros, for a quantised matrix; `Vector` says what is what. A group
@@ -526,7 +687,7 @@ template <class W>
 static void add_rows(const W* w, int64_t rows, int64_t columns, int64_t row_stride,
                      const float* c, int64_t c_stride, int64_t count, float* y,
                      int64_t y_stride, int64_t to_next, Turn turn = {}) {
-  in_passes(count, turn, [&](Pass pass, auto constant) {
+  in_passes<8>(count, turn, [&](Pass pass, auto constant) {
     constexpr int N = decltype(constant)::value, WIDE = N <= 2 ? 8 : N <= 6 ? 4 : 2;
     const float* by = c + pass.first * c_stride;
     float* to = y + pass.first * y_stride;
