@@ -11,87 +11,13 @@
 // The memory's step is that of ops/kda/reference.py, attention the absorbed form of ops/mla.py.
 
 #include <algorithm>
-#include <cstdlib>
 #include <initializer_list>
-#include <new>
 #include <utility>
 #include <vector>
 
-#include "matvec.h"
+#include "decode_math.h"
+#include "decode_routing.h"
 #include "team.h"
-
-// The model as model/decoder.py describes it. Every field is eight bytes, so that no compiler pads.
-
-struct Kda {
-  int64_t heads, value_heads, key_dim, value_dim, conv_size, is_bounded, output_gate;
-  double lower_bound, max_beta, norm_eps;
-  Matrix q, k, v, decay_down, decay_up, beta, gate_down, gate_up, o;
-  const float* taps;     // [conv_size, channels], oldest first
-  const float* rate;     // [value_heads]
-  const float* dt_bias;  // [value_heads, key_dim]
-  const float* norm;     // [value_dim]
-
-  int64_t channels() const { return 2 * heads * key_dim + value_heads * value_dim; }
-};
-enum OutputGate : int64_t { OPEN = 0, SIGMOID = 1, SWISH = 2 };
-
-struct Mla {
-  int64_t heads, latent_dim, nope_dim, rope_dim, value_dim, has_rope;
-  double norm_eps, latent_eps;
-  Matrix q, q_up, latent, latent_up, o;  // q_up without rows: q makes the queries at once
-  const float *query_norm, *latent_norm;
-  const float* frequencies;  // [rope_dim / 2]
-
-  int64_t query_dim() const { return nope_dim + rope_dim; }
-};
-
-struct Channel {
-  Matrix gate, up, down;  // the MLP, or the shared expert; without rows: none, or no gate
-  int64_t num_experts, experts_per_token, scoring, renormalizes, num_groups, groups_per_token;
-  int64_t weighs_with_bias;
-  double routed_scale;
-  const float* bias;
-  Matrix router, w_gate, w_up, w_down;  // w_*: the first of num_experts
-};
-enum Scoring : int64_t { BY_SIGMOID = 0, BY_SOFTMAX = 1, BY_TOPK_SOFTMAX = 2 };
-
-struct Layer {
-  int64_t is_mla;
-  const float *mixer_norm, *channel_norm;
-  Kda kda;
-  Mla mla;
-  Channel channel;
-};
-
-struct Model {
-  int64_t dim, vocab, num_layers, state_kind;  // FP32 or BF16: of the convolution and latents
-  double norm_eps;
-  const float* norm;
-  Matrix embedding, head;
-  const Layer* layers;
-};
-
-// Where one layer's states lie: KDA's in slots, before and after, and an MLA layer's cache in pages
-// of some tokens each. A stride is the numbers from one slot or page to the next.
-struct LayerState {
-  const void* conv;
-  void* conv_after;
-  const float* memory;
-  float* memory_after;
-  void *latent, *rope_key;
-  int64_t conv_stride, memory_stride, latent_stride, rope_key_stride;
-};
-
-// One token of each of `rows` texts. A slot may be the same before and after: then KDA's state
-// changes in place. Row b's token s is in page pages[b * max_pages + s / page_tokens].
-struct Batch {
-  int64_t rows;
-  const int64_t *ids, *past;  // past: tokens read before
-  const int64_t *slots_before, *slots_after;
-  const int64_t* pages;
-  int64_t max_pages, page_tokens;
-  int64_t* expert_ids;  // [layers, rows, experts_per_token], where experts are chosen; or null
-};
 
 namespace {
 
@@ -100,142 +26,6 @@ constexpr int64_t MANY = 4;         // rows
 constexpr int64_t CHANNELS = 128;   // of the convolution, at a time
 constexpr int64_t LINE = 16;        // numbers of a cache line
 constexpr int64_t BLOCK = 32;       // tokens of the past, at a time
-
-template <class T>
-struct CacheLines {  // an allocator
-  using value_type = T;
-  CacheLines() = default;
-  template <class U>
-  CacheLines(const CacheLines<U>&) {}
-  T* allocate(size_t n) {
-    void* p = std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64);
-    if (!p) throw std::bad_alloc();
-    return static_cast<T*>(p);
-  }
-  void deallocate(T* p, size_t) { std::free(p); }
-  bool operator==(const CacheLines&) const { return true; }
-  bool operator!=(const CacheLines&) const { return false; }
-};
-template <class T>
-using Room = std::vector<T, CacheLines<T>>;
-
-// Vectors of one width, zero up to their padded width.
-struct Rows {
-  Room<float> numbers;
-  int64_t stride = 0;
-
-  void reserve(int64_t count, int64_t width, int64_t gap = 0) {
-    stride = std::max(stride, padded(width) + gap);
-    if (int64_t(numbers.size()) < count * stride) numbers.assign(count * stride, 0.f);
-  }
-  float* operator[](int64_t i) { return numbers.data() + i * stride; }
-};
-
-// Vectors rounded for quantised matrices.
-struct Rounded {
-  Room<int8_t> codes;
-  Room<float> scales;
-  Room<int32_t> sums;
-
-  void reserve(int64_t numbers) {
-    if (int64_t(codes.size()) >= numbers) return;
-    codes.resize(numbers);
-    scales.resize(numbers / GROUP);
-    sums.resize(numbers / GROUP);
-  }
-};
-
-inline float sigmoid(float x) { return 1.f / (1.f + exp_fast(-x)); }
-inline float silu(float x) { return x / (1.f + exp_fast(-x)); }
-
-// log(1 + e^x); log(1 + u) for u in [0, 1] as 2 artanh(u / (2 + u)).
-inline float softplus(float x) {
-  float u = exp_fast(x > 0.f ? -x : x), s = u / (2.f + u), s2 = s * s;
-  float p = 1.f / 17.f;
-  p = p * s2 + 1.f / 15.f;
-  p = p * s2 + 1.f / 13.f;
-  p = p * s2 + 1.f / 11.f;
-  p = p * s2 + 1.f / 9.f;
-  p = p * s2 + 1.f / 7.f;
-  p = p * s2 + 1.f / 5.f;
-  p = p * s2 + 1.f / 3.f;
-  return (x > 0.f ? x : 0.f) + 2.f * (s + s * s2 * p);
-}
-
-float sum_of_squares(const float* x, int64_t n) {
-  vec total = {};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) total += load(x + i) * load(x + i);
-  float rest = 0.f;
-  for (; i < n; i++) rest += x[i] * x[i];
-  return sum(total) + rest;
-}
-
-void rms_norm(const float* x, const float* weight, int64_t n, double eps, float* y) {
-  const float by = 1.f / std::sqrt(sum_of_squares(x, n) / float(n) + float(eps));
-  for (int64_t i = 0; i < n; i++) y[i] = x[i] * by * weight[i];
-}
-
-void unit_length(float* x, int64_t n, float scale) {
-  const float by = scale / std::sqrt(sum_of_squares(x, n) + 1e-6f);
-  for (int64_t i = 0; i < n; i++) x[i] *= by;
-}
-
-// One head's memory [K, V] by one token; V a multiple of LANES. What is read from the updated
-// memory is known before it is updated: S'^T q = S^T (decay q) + (k.q) write.
-//
-// Where all memories together are larger than a cache, `after` is written past the caches
-// (`streams`): nothing reads it before the next token, and a store through the cache would first
-// read what it overwrites. That is a third of the step's traffic, and time.
-template <int VECS, bool streams>
-void delta_columns(int64_t K, int64_t V, const float* before, float* after, const float* retained,
-                   const float* q, const float* k, const float* v, float beta, float k_q,
-                   float* out) {
-  vec predicted[VECS] = {}, read[VECS] = {};
-  for (int64_t i = 0; i < K; i++) {
-    const vec by_k = splat(retained[i] * k[i]), by_q = splat(retained[i] * q[i]);
-#pragma GCC unroll 8
-    for (int j = 0; j < VECS; j++) {
-      const float* at = before + i * V + j * LANES;
-      __builtin_prefetch(at + 1024, 0, 2);
-      vec here = load(at);
-      predicted[j] += here * by_k;
-      read[j] += here * by_q;
-    }
-  }
-  vec write[VECS];
-#pragma GCC unroll 8
-  for (int j = 0; j < VECS; j++) {
-    write[j] = splat(beta) * (load(v + j * LANES) - predicted[j]);
-    store(out + j * LANES, read[j] + splat(k_q) * write[j]);
-  }
-  for (int64_t i = 0; i < K; i++) {
-    const vec keep = splat(retained[i]), by = splat(k[i]);
-#pragma GCC unroll 8
-    for (int j = 0; j < VECS; j++) {
-      const int64_t at = i * V + j * LANES;
-      __builtin_prefetch(before + K * V + at, 0, 2);  // the next head's
-      vec here = load(before + at) * keep + by * write[j];
-      if (streams) store_past_caches(after + at, here);
-      else store(after + at, here);
-    }
-  }
-}
-
-template <bool streams>
-void delta_step(int64_t K, int64_t V, const float* before, float* after, const float* retained,
-                const float* q, const float* k, const float* v, float beta, float* out) {
-  float k_q = 0.f;
-  for (int64_t i = 0; i < K; i++) k_q += k[i] * q[i];
-  int64_t n = 0;
-  auto columns = [&](auto step, int64_t width) {
-    for (; n + width <= V; n += width)
-      step(K, V, before + n, after + n, retained, q, k, v + n, beta, k_q, out + n);
-  };
-  columns(delta_columns<8, streams>, 8 * LANES);
-  columns(delta_columns<4, streams>, 4 * LANES);
-  columns(delta_columns<1, streams>, LANES);
-}
 
 struct Target {  // y[b] begins at p + b * stride
   float* p;
@@ -247,24 +37,6 @@ struct Job {
   const Matrix& matrix;
   Vectors x;
   Target to;
-};
-
-// What the rows chose in one layer: choice b * experts_per_token + slot.
-struct Choices {
-  std::vector<int64_t> ids;
-  std::vector<float> weights;
-
-  void reserve(size_t count) {
-    if (ids.size() >= count) return;
-    ids.resize(count);
-    weights.resize(count);
-  }
-};
-// The same by expert: those chosen, and whose choices they are.
-struct Routes {
-  const float* weights = nullptr;
-  std::vector<int64_t> experts, starts, members, counts;
-  std::vector<float> scores;
 };
 
 struct Thread {
@@ -1009,86 +781,20 @@ class Decoder {
     }
   }
 
-  // As layers/router.py: the best first, ties to the lower index.
   void route(Thread& t, const Channel& c, int64_t* expert_ids) {
-    const int64_t E = c.num_experts, A = c.experts_per_token;
+    const int64_t A = c.experts_per_token;
     Choices& chosen = shares_ ? choices_ : t.choices;
     chosen.reserve(batch_ * A);
-    t.routes.scores.resize(2 * E);
-    float *scores = t.routes.scores.data(), *preference = scores + E;
+    t.routes.scores.resize(2 * c.num_experts);
     const auto [begin, end] = my_rows(t, batch_);
     for (int64_t b = begin; b < end; b++) {
-      float* weights = chosen.weights.data() + b * A;
-      std::copy(router_[b], router_[b] + E, scores);
-      if (c.scoring == BY_SOFTMAX) softmax(scores, E);
-      if (c.scoring == BY_SIGMOID)
-        for (int64_t e = 0; e < E; e++) scores[e] = 1.f / (1.f + std::exp(-scores[e]));
-      for (int64_t e = 0; e < E; e++) preference[e] = scores[e] + (c.bias ? c.bias[e] : 0.f);
-      if (c.num_groups > 1) close_groups(c, preference);
-      for (int64_t a = 0; a < A; a++) {
-        const int64_t best = std::max_element(preference, preference + E) - preference;
-        chosen.ids[b * A + a] = best;
-        weights[a] = scores[best] + (c.weighs_with_bias ? c.bias[best] : 0.f);
-        preference[best] = -INFINITY;
-        if (rows_.expert_ids && (shares_ || t.me == 0)) expert_ids[b * A + a] = best;
-      }
-      if (c.scoring == BY_TOPK_SOFTMAX) {
-        softmax(weights, A);
-      } else if (c.renormalizes && A > 1) {
-        float total = 0.f;
-        for (int64_t a = 0; a < A; a++) total += weights[a];
-        for (int64_t a = 0; a < A; a++) weights[a] /= total + 1e-20f;
-      }
-      for (int64_t a = 0; a < A; a++) weights[a] *= float(c.routed_scale);
+      int64_t* ids = chosen.ids.data() + b * A;
+      choose(c, router_[b], t.routes.scores.data(), ids, chosen.weights.data() + b * A);
+      if (rows_.expert_ids && (shares_ || t.me == 0)) std::copy(ids, ids + A, expert_ids + b * A);
     }
     if (shares_) meet(t);
     t.routes.weights = chosen.weights.data();
-    group_by_expert(t.routes, chosen.ids.data(), batch_ * A, E);
-  }
-
-  static void softmax(float* x, int64_t n) {
-    const float most = *std::max_element(x, x + n);
-    float total = 0.f;
-    for (int64_t i = 0; i < n; i++) total += x[i] = std::exp(x[i] - most);
-    for (int64_t i = 0; i < n; i++) x[i] /= total;
-  }
-
-  // Only the groups whose best two experts together are preferred stay open.
-  static void close_groups(const Channel& c, float* preference) {
-    const int64_t size = c.num_experts / c.num_groups;
-    std::vector<float> best_two(c.num_groups);
-    for (int64_t g = 0; g < c.num_groups; g++) {
-      float first = -INFINITY, second = -INFINITY;
-      for (int64_t i = g * size; i < (g + 1) * size; i++) {
-        if (preference[i] > first) second = first, first = preference[i];
-        else if (preference[i] > second) second = preference[i];
-      }
-      best_two[g] = size > 1 ? first + second : first;
-    }
-    std::vector<bool> is_open(c.num_groups);
-    for (int64_t i = 0; i < c.groups_per_token; i++) {
-      int64_t best = -1;
-      for (int64_t g = 0; g < c.num_groups; g++)
-        if (!is_open[g] && (best < 0 || best_two[g] > best_two[best])) best = g;
-      is_open[best] = true;
-    }
-    for (int64_t e = 0; e < c.num_experts; e++)
-      if (!is_open[e / size]) preference[e] = -INFINITY;
-  }
-
-  static void group_by_expert(Routes& r, const int64_t* ids, int64_t count, int64_t num_experts) {
-    r.counts.assign(num_experts, 0);
-    for (int64_t i = 0; i < count; i++) r.counts[ids[i]]++;
-    r.experts.clear();
-    r.starts.assign(1, 0);
-    for (int64_t e = 0; e < num_experts; e++) {
-      if (!r.counts[e]) continue;
-      r.experts.push_back(e);
-      r.starts.push_back(r.starts.back() + r.counts[e]);
-      r.counts[e] = r.starts[r.starts.size() - 2];  // from here on: where the next one goes
-    }
-    r.members.resize(count);
-    for (int64_t i = 0; i < count; i++) r.members[r.counts[ids[i]]++] = i;
+    group_by_expert(t.routes, chosen.ids.data(), batch_ * A, c.num_experts);
   }
 };
 

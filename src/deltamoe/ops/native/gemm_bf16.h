@@ -80,7 +80,7 @@ static inline size_t packed_size(size_t lines, size_t terms) {
 }
 
 // A [M, K] to rows of bf16, filled up with zeros; times `sign`.
-static void pack_left(int M, int K, Strided a, float sign, bf16* to) {
+static inline void pack_left(int M, int K, Strided a, float sign, bf16* to) {
   const int width = (K + 31) / 32 * 32;
   const vec by = splat(sign);
   if (a.column == 1) {
@@ -138,7 +138,7 @@ static inline void pack_rows(int N, int K, Both both, bf16* to) {
       }
 }
 
-static void pack_right(int N, int K, const float* b, ptrdiff_t ldb, bf16* to) {
+static inline void pack_right(int N, int K, const float* b, ptrdiff_t ldb, bf16* to) {
   const auto both = [&](int k, int n) {
     const float* from = b + k * ldb + n;
     return bf16_both(load(from), k + 1 < K ? load(from + ldb) : vec{});
@@ -149,7 +149,7 @@ static void pack_right(int N, int K, const float* b, ptrdiff_t ldb, bf16* to) {
 // The same of rows without gaps, and the numbers row by row as well, as pack_left has them; past
 // the caches if nothing reads them soon.
 template <bool streams>
-static void pack_both(int N, int K, const float* b, bf16* to, bf16* rows) {
+static inline void pack_both(int N, int K, const float* b, bf16* to, bf16* rows) {
   const int width = (N + 31) / 32 * 32;
   const auto keep = [&](int k, int n, __m512i line) {
     __m512i* at = reinterpret_cast<__m512i*>(rows + k * width + n);
@@ -272,7 +272,7 @@ static inline void tile_product(int depth, const bf16* a, int width, const bf16*
 // C = A B or C += A B with packed operands, over `depth` terms: a multiple of 32. With `scale`, row
 // m of C is first multiplied by scale[m].
 template <bool adds>
-static void gemm_packed(int M, int N, int depth, const bf16* a, int width, const bf16* b,
+static inline void gemm_packed(int M, int N, int depth, const bf16* a, int width, const bf16* b,
                         int columns, float* c, ptrdiff_t ldc, const float* scale = nullptr) {
   for (int n = 0; n < N; n += 32)
     for (int m = 0; m < M; m += 32) {
@@ -319,7 +319,7 @@ static inline void pack_product_turned(int, int, const float*, const float*, con
                                        bf16*, int) {}
 static inline void pack_right(int, int, const float*, ptrdiff_t, bf16*) {}
 template <bool streams>
-static void pack_both(int, int, const float*, bf16*, bf16*) {}
+static inline void pack_both(int, int, const float*, bf16*, bf16*) {}
 static inline void pack_pair(int, int, int, vec, vec, bf16*) {}
 static inline void pack_product_right(int, int, int, const float*, const float*, bf16*) {}
 static inline void pack_products_right(int, int, int, const float*, const float*, const float*,
@@ -327,7 +327,7 @@ static inline void pack_products_right(int, int, int, const float*, const float*
 static inline void pack_product(int, int, const float*, const float*, const float*, float, bf16*) {}
 static inline void pack_turned(int, int, const bf16*, bf16*) {}
 template <bool adds>
-static void gemm_packed(int, int, int, const bf16*, int, const bf16*, int, float*, ptrdiff_t,
+static inline void gemm_packed(int, int, int, const bf16*, int, const bf16*, int, float*, ptrdiff_t,
                         const float* = nullptr) {}
 template <class Finish>
 static inline void gemm_packed_blocks(int, int, int, const bf16*, int, const bf16*, int, Finish) {}

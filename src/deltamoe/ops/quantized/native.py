@@ -20,7 +20,7 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class Matrix(ctypes.Structure):
-    """``Matrix`` of ``ops/native/matvec.h``; it does not keep its tensors alive."""
+    """``Matrix`` of ``ops/native/matrix.h``; it does not keep its tensors alive."""
 
     _fields_ = (
         ("values", ctypes.c_void_p),
