@@ -5,7 +5,8 @@
 Each contestant is a process of its own that holds its model and waits; in each round every one
 decodes 64 tokens from an empty context, one after the other, so that all see the same machine. The
 ratios are medians of the rounds' ratios. The floor is the time of reading the bytes that a token
-needs at the speed of a copy, measured in the same rounds.
+needs at the speed of a copy, measured in the same rounds. "by bytes" is how much faster many rows
+would be if a step took as long as its bytes and each row chose its experts at random.
 
 The model: 112 M parameters of random weights, of which a token reads 31 M.
 """
@@ -23,6 +24,7 @@ from benchmarks.decoding import BARS, contest
 from deltamoe.config import KdaConfig, MlaConfig, ModelConfig, MoeConfig
 from deltamoe.model import Decoder, HybridLM
 from deltamoe.model.quantized import quantize_model
+from deltamoe.plan import state_bytes_per_sequence
 
 MODULE = "benchmarks.bench_decode"
 MODEL = ModelConfig(
@@ -35,7 +37,7 @@ MODEL = ModelConfig(
     moe=MoeConfig(num_experts=32, experts_per_token=4, expert_dim=256, routed_scale=2.446),
 )
 PRECISIONS = ("f32", "bf16", "8 bits", "4 bits")
-BATCH = 8
+BATCHES = (8, 64)
 TOKENS = 64
 
 
@@ -65,11 +67,27 @@ def measure(precisions: list[str], rounds: int, threads: int) -> dict[str, list[
                 continue
             found.setdefault(name, []).append(TOKENS / contestant.seconds(1))
             if name.startswith("ours"):
-                speed = BATCH * TOKENS / contestant.seconds(BATCH)
-                found.setdefault(f"{name}, batch {BATCH}", []).append(speed)
+                for batch in BATCHES:
+                    speed = batch * TOKENS / contestant.seconds(batch)
+                    found.setdefault(f"{name}, batch {batch}", []).append(speed)
     for contestant in contestants.values():
         contestant.close()
     return found
+
+
+def gain_by_bytes(model: HybridLM, batch: int) -> float:
+    """How many times the tokens of one row ``batch`` rows give for the bytes that they move."""
+    experts = sum(x.nbytes for name, x in model.state_dict().items() if ".experts." in name)
+    assert MODEL.moe is not None
+    chosen = MODEL.moe.experts_per_token / MODEL.moe.num_experts
+    dense = Decoder(model).bytes_per_token - experts * chosen
+    state = 2 * state_bytes_per_sequence(MODEL)  # read and written
+
+    def moved(rows: int) -> float:
+        missed: float = (1 - chosen) ** rows
+        return dense + experts * (1 - missed) + rows * state
+
+    return batch * moved(1) / moved(batch)
 
 
 def report(found: dict[str, list[float]], precisions: list[str], threads: int) -> str:
@@ -80,20 +98,26 @@ def report(found: dict[str, list[float]], precisions: list[str], threads: int) -
         f"{machine.describe()}; contestants with {threads} threads, {len(found['copy'])} rounds.",
         f"Copy: {median['copy'] / 1e9:.1f} GB/s, read and written together.",
         "",
-        f"| weights | tokens/s | llama.cpp | ratio | bar | of the floor | batch {BATCH} "
-        "| to batch 1 |",
-        "|---|---|---|---|---|---|---|---|",
+        "| weights | tokens/s | llama.cpp | ratio | bar | of the floor |"
+        + "".join(f" batch {batch} | to batch 1 | by bytes |" for batch in BATCHES),
+        "|---" * (6 + 3 * len(BATCHES)) + "|",
     ]
     for precision in precisions:
         own, peer = (f"{side}, {precision}" for side in ("ours", "llama.cpp"))
-        many = f"{own}, batch {BATCH}"
-        needed = open_decoder(precision).bytes_per_token
-        lines.append(
+        model = build(precision)
+        needed = Decoder(model).bytes_per_token
+        line = (
             f"| {precision} | {median[own]:.0f} | {median[peer]:.0f} "
             f"| {median_ratio(found[own], found[peer]):.2f} | {BARS[precision]} "
-            f"| {median[own] * needed / median['copy']:.0%} | {median[many]:.0f} "
-            f"| {median_ratio(found[many], found[own]):.2f} |"
+            f"| {median[own] * needed / median['copy']:.0%} |"
         )
+        for batch in BATCHES:
+            many = f"{own}, batch {batch}"
+            line += (
+                f" {median[many]:,.0f} | {median_ratio(found[many], found[own]):.2f} "
+                f"| {gain_by_bytes(model, batch):.2f} |"
+            )
+        lines.append(line)
     return "\n".join(lines) + "\n"
 
 
