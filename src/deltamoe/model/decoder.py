@@ -341,7 +341,7 @@ def _library() -> ctypes.CDLL:
     library = native.open_library("decode")
     sizes = (ctypes.c_int64 * 4)()
     library.decoder_sizes(sizes)
-    assert tuple(sizes) == Description.sizes, "decode.cpp and description.py differ"
+    assert tuple(sizes) == Description.sizes, "decode_model.h and description.py differ"
     pointer = ctypes.c_void_p
     library.decoder_new.argtypes, library.decoder_new.restype = [pointer], pointer
     library.decoder_free.argtypes, library.decoder_free.restype = [pointer], None

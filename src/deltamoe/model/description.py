@@ -75,7 +75,7 @@ class _Layer(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    """``Model`` of decode.cpp."""
+    """``Model`` of decode_model.h."""
 
     _fields_ = (
         *_fields(
@@ -89,7 +89,7 @@ class Model(ctypes.Structure):
 
 
 class LayerState(ctypes.Structure):
-    """``LayerState`` of decode.cpp."""
+    """``LayerState`` of decode_model.h."""
 
     _fields_ = _fields(
         pointers="conv conv_after memory memory_after latent rope_key",
@@ -98,7 +98,7 @@ class LayerState(ctypes.Structure):
 
 
 class Batch(ctypes.Structure):
-    """``Batch`` of decode.cpp."""
+    """``Batch`` of decode_model.h."""
 
     _fields_ = (
         *_fields(whole="rows", pointers="ids past slots_before slots_after pages"),

@@ -79,6 +79,12 @@ def test_packed_sequences_do_not_meet(lengths: tuple[int, ...]) -> None:
     assert_same(native(inputs, cu_seqlens=borders), expected, 1e-4)
 
 
+def assert_relative(got, expected, limit: float) -> None:
+    for name, want in expected.items():
+        error = (got[name].double() - want).norm() / want.norm().clamp(min=1e-3)
+        assert error < limit, f"{name}: relative error {error:.2e}"
+
+
 @pytest.mark.parametrize("sizes", [(2, 3, 6, 20, 33), (1, 2, 2, 64, 64)])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_bf16(regime: str, sizes: tuple[int, int, int, int, int]) -> None:
@@ -91,9 +97,23 @@ def test_bf16(regime: str, sizes: tuple[int, int, int, int, int]) -> None:
     # relative RMS errors are 2e-3 to 6e-3. Correlated keys at beta 1 or 2 make chains of nearly
     # cancelling corrections, which multiply that (3e-2 measured at beta 2 over 200 tokens).
     limit = 2**-4 if regime in ("correlated_slow", "negative_eigenvalues") else 2**-6
-    for name, want in exact(inputs).items():
-        error = (got[name].double() - want).norm() / want.norm().clamp(min=1e-3)
-        assert error < limit, f"{name}: relative error {error:.2e}"
+    assert_relative(got, exact(inputs), limit)
+
+
+@pytest.mark.parametrize("chunk_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 16, 16), (1, 2, 2, 32, 32), (1, 1, 2, 48, 16)])
+def test_chunk_size_changes_nothing_in_bf16(chunk_size: int, sizes: tuple[int, ...]) -> None:
+    """Operands whose terms are filled up to a tile, and a short last chunk."""
+    inputs = kda_inputs("random", 149, torch.bfloat16, sizes=sizes)
+    assert_relative(native(inputs, chunk_size=chunk_size), exact(inputs), 2**-6)  # as above
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_text_longer_than_the_caches(dtype: torch.dtype) -> None:
+    """More than a megabyte of answers is stored past them."""
+    inputs = kda_inputs("random", 1100, dtype, sizes=(1, 2, 2, 16, 128))
+    limit = 1e-4 if dtype == torch.float32 else 2**-6  # as above
+    assert_relative(native(inputs), exact(inputs), limit)
 
 
 def test_strided_inputs_are_read_in_place() -> None:

@@ -4,7 +4,7 @@
 // tiles of outputs, of heads, or of stretches of the attention's past; every matrix is read once,
 // whatever the number of rows, and of the experts only those that some row chose. What is small
 // (norms, the routing, rounding to 8 bits) every thread does for itself, which is cheaper than one
-// more barrier; of many rows it does a share. Activations and sums are fp32 for every kind of
+// more barrier; of many rows it does a share (but of their parts for AMX, below). Activations and sums are fp32 for every kind of
 // weight, on AMX too, which gets the activations in parts. Neither the number of threads nor the
 // rows beside a row change a bit of its results.
 //
@@ -452,10 +452,10 @@ class Decoder {
     return std::min(n, (n + BLOCK - 1) / BLOCK * i / stretches(n) * BLOCK);
   }
 
-  // Rows of `sources_` that a stretch has: its heads', or on tiles their parts'.
   bool are_on_tiles(const Mla& m) const {
     return is_for_tiles({nullptr, nullptr, BLOCK, m.latent_dim, model_.state_kind});
   }
+  // Rows of `sources_` that a stretch has: its heads', or on tiles their parts'.
   int64_t source_rows(const Mla& m) const {
     return are_on_tiles(m) ? part_tiles(m.heads) * TILE : m.heads;
   }
@@ -696,7 +696,7 @@ class Decoder {
           round(t, 0, expert_hidden_, c.w_up.rows, {&c.w_down}, batch_ * A);
       const Routes& r = t.routes;
       const int64_t units = int64_t(r.experts.size()) * width, lead = c.w_down.lead();
-      Vectors x = {};
+      Vectors theirs = {};
       for (int64_t unit = 0; unit < units; unit++) {
         const int64_t e = unit / width, tile = begin + unit % width, later = unit + lead;
         const int64_t* members = r.members.data() + r.starts[e];
@@ -704,11 +704,11 @@ class Decoder {
         const Matrix down = c.w_down.at(r.experts[e]);
         if (tile == begin) {
           for (int64_t i = 0; i < count; i++) t.gathered[i] = hidden[members[i]];
-          x = with_parts(t, 0, t.gathered.data(), count, {&down});
+          theirs = with_parts(t, 0, t.gathered.data(), count, {&down});
         }
         const void* next = later < units
             ? c.w_down.at(r.experts[later / width]).tile(begin + later % width) : nullptr;
-        tile_product(down, tile, x, t.tile.data(), next);
+        tile_product(down, tile, theirs, t.tile.data(), next);
         for (int64_t i = 0; i < count; i++) {
           float* to = answer_[members[i] / A] + tile * TILE;
           for (int64_t j = 0; j < rows_in(down, tile); j++)

@@ -2,7 +2,7 @@
 // field is eight bytes, so that no compiler pads.
 #pragma once
 
-#include "matvec.h"
+#include "matrix.h"
 
 struct Kda {
   int64_t heads, value_heads, key_dim, value_dim, conv_size, is_bounded, output_gate;

@@ -1,7 +1,8 @@
 // The products of gemm.h with operands rounded to bf16 and sums in fp32, on AMX's tiles.
 //
-// Operands are fp32 and are packed on the way: an M x K by K x N product rounds and moves M K + K N
-// numbers, which costs little beside its M N K multiplications. M and N are multiples of 16.
+// Operands are fp32, or bf16 rows packed before, and are packed on the way: an M x K by K x N
+// product rounds and moves M K + K N numbers, which costs little beside its M N K multiplications.
+// M and N are multiples of 16.
 // Where a machine has no AMX, or the system does not grant it, `amx_granted()` is false.
 #pragma once
 
@@ -233,7 +234,7 @@ static inline void pack_turned(int N, int K, const bf16* rows, bf16* to) {
 // One or two tiles of C each way; a and b are packed, with `width` terms a row of A and `columns`
 // of B.
 template <bool adds, int ROWS, int COLUMNS>
-static inline void tile_product(int depth, const bf16* a, int width, const bf16* b, int columns,
+static inline void block_product(int depth, const bf16* a, int width, const bf16* b, int columns,
                                 float* c, ptrdiff_t ldc) {
   const ptrdiff_t a_row = width * 2, c_row = ldc * 4;
   const ptrdiff_t b_step = ptrdiff_t(columns) * 32;  // from one tile of terms to the next
@@ -280,8 +281,8 @@ static inline void gemm_packed(int M, int N, int depth, const bf16* a, int width
       for (int i = m; scale && i < m + (high ? 32 : 16); i++)
         for (int j = n; j < n + (wide ? 32 : 16); j += LANES)
           store(c + i * ldc + j, load(c + i * ldc + j) * splat(scale[i]));
-      auto block = high ? (wide ? tile_product<adds, 2, 2> : tile_product<adds, 2, 1>)
-                        : (wide ? tile_product<adds, 1, 2> : tile_product<adds, 1, 1>);
+      auto block = high ? (wide ? block_product<adds, 2, 2> : block_product<adds, 2, 1>)
+                        : (wide ? block_product<adds, 1, 2> : block_product<adds, 1, 1>);
       block(depth, a + m * width, width, b + n * 32, columns, c + m * ldc + n, ldc);
     }
 }

@@ -7,8 +7,8 @@
 //
 // Products are in fp32. If the values came in bf16 and the machine has AMX, all but the triangular
 // solve round their operands to bf16 and sum in fp32, and what the backward pass wants is kept as
-// it was rounded. What is an operand twice is packed once. What is as long as the text goes past
-// the caches.
+// it was rounded. What is an operand twice is packed once. What is as long as a long text goes past
+// the caches: a store through them would first read what it overwrites.
 
 #include "kda_chunk.h"
 
@@ -17,6 +17,9 @@ namespace {
 struct Saved {  // a stop's share of what forward leaves for backward
   void *start = nullptr, *delta = nullptr, *q_on_k = nullptr;
   float* system = nullptr;
+
+  static void ask_for(const Problem& p, const Stop& stop) { Saved(p, stop, true); }
+
   Saved(const Problem& p, const Stop& stop, bool prefetches = false) {
     if (!p.starts) return;
     const bool rounds = rounds_products(p);
@@ -53,7 +56,8 @@ void forward_heads(const Problem& p, int64_t n, Heads heads, Scratch scratch) {
   const int K = padded(p.key_dim), V = padded(p.value_dim), stride = int(p.chunk);
   const bool rounds = rounds_products(p);
   const Tiles tiles(rounds);
-  Chunk c(scratch, stride, K, V, rounds);
+  Chunk c(scratch, stride, K, V, {rounds, is_long(p)});
+  const auto put_row = is_long(p) ? write_far_row : write_row;
   const Products& products = c.products;
   float* memories = scratch.take(size_t(heads.end - heads.first) * K * V);
   float* own_delta = scratch.take(size_t(stride) * V);
@@ -96,8 +100,8 @@ void forward_heads(const Problem& p, int64_t n, Heads heads, Scratch scratch) {
       products.run<Into::ADD>(c.step(), V, first + c.step(), reads.from(first), written,
                               out + first * V, V);
     for (int64_t row = 0; row < stop.tokens; row++)
-      write_far_row(p.out, stop.batch, stop.start + row, stop.value_head, p.value_dim,
-                    out + row * V);
+      put_row(p.out, stop.batch, stop.start + row, stop.value_head, p.value_dim,
+              out + row * V);
 
     const Left writes = c.scaled_terms(c.k, c.suffix, nullptr, 1.f, scaled, c.rooms[1]);
     products.run<Into::SCALE_ADD>(K, V, C, writes, written, M, V, c.prefix + (C - 1) * K);
@@ -114,7 +118,8 @@ void backward_heads(const Problem& p, const Gradients& d, int64_t n, Heads heads
   const int K = padded(p.key_dim), V = padded(p.value_dim), stride = int(p.chunk);
   const bool rounds = rounds_products(p);
   const Tiles tiles(rounds);
-  Chunk c(scratch, stride, K, V, rounds);
+  Chunk c(scratch, stride, K, V, {rounds, is_long(p)});
+  const auto put_row = is_long(p) ? write_far_row : write_row;
   const Products& products = c.products;
   bf16 *out_rows = c.rooms[3], *end_rows = c.rooms[4], *residual_rows = c.rooms[5];
   float* memories = scratch.take(size_t(heads.end - heads.first) * K * V);  // their gradients
@@ -145,7 +150,7 @@ void backward_heads(const Problem& p, const Gradients& d, int64_t n, Heads heads
     c.stage_values(p, d.out, stop, d_out);
     for (int64_t row = 0; row < next.tokens; row++)
       prefetch_row(d.out, next.batch, next.start + row, next.value_head, p.value_dim);
-    if (next.tokens) Saved(p, next, true);  // ask for them
+    if (next.tokens) Saved::ask_for(p, next);
     float* residual = d_out + C * V;  // its gradient
 
     // What each delta is worth, then each residual (beta v - beta k M).
@@ -246,12 +251,12 @@ void backward_heads(const Problem& p, const Gradients& d, int64_t n, Heads heads
       if (row >= stop.tokens) continue;
       const int64_t b = stop.batch, t = stop.start + row, h = stop.head, hv = stop.value_head;
       float d_beta = sum(through_k) + sum(through_v);
-      write_far_row(d.v, b, t, hv, p.value_dim, d_v);
+      put_row(d.v, b, t, hv, p.value_dim, d_v);
       write_row(d.beta, b, t, hv, 1, &d_beta);
-      write_far_row(d.log_decay, b, t, hv, p.key_dim, d_decay);
-      auto put = hv % group ? add_row : write_far_row;
-      put(d.q, b, t, h, p.key_dim, d_q + row * K);
-      put(d.k, b, t, h, p.key_dim, writes + row * K);
+      put_row(d.log_decay, b, t, hv, p.key_dim, d_decay);
+      const auto put_shared = hv % group ? add_row : group > 1 ? write_row : put_row;
+      put_shared(d.q, b, t, h, p.key_dim, d_q + row * K);
+      put_shared(d.k, b, t, h, p.key_dim, writes + row * K);
     }
   });
   for (int64_t hv = heads.first; hv < heads.end; hv++)

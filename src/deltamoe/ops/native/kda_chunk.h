@@ -10,7 +10,6 @@
 // Rows are padded with zeros to a multiple of 16 tokens and channels: a zero key writes nothing.
 #pragma once
 
-#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <utility>
@@ -50,6 +49,14 @@ struct Gradients {
   float* memory;
 };
 
+// Whether the caches forget what is written of a text before anybody reads it.
+bool is_long(const Problem& p) {
+  constexpr int64_t LARGE = 1 << 20;  // bytes
+  int64_t tokens = 0;
+  for (int64_t n = 0; n < p.sequences; n++) tokens += p.length[n];
+  return tokens * p.value_heads * p.value_dim * int64_t(sizeof(float)) > LARGE;
+}
+
 int padded(int64_t n) { return int((n + 15) / 16 * 16); }
 
 // The chunk's rows: the fewest blocks that hold n tokens and can be halved down to one.
@@ -73,7 +80,7 @@ class Scratch {
   }
 
  private:
-  static constexpr size_t PIECES = 48, STEP = 96;  // at most so many; what each takes more, at most
+  static constexpr size_t PIECES = 48, STEP = 96;  // pieces, and floats each wastes, at most
 
   std::unique_ptr<float, void (*)(void*)> data_;
   size_t used_ = 0;
@@ -110,7 +117,7 @@ void write_row(const Tensor& x, int64_t b, int64_t t, int64_t h, int64_t n, cons
   else memcpy(static_cast<float*>(x.data) + at, from, n * 4);
 }
 
-// Of a text so long that nobody reads the row before the caches forgot it.
+// Past the caches.
 void write_far_row(const Tensor& x, int64_t b, int64_t t, int64_t h, int64_t n,
                    const float* from) {
   int64_t at = b * x.batch + t * x.time + h * x.head;
@@ -170,26 +177,30 @@ struct Chunk {
   float* crossed;  // of one level's readers with all who wrote
   bf16* rooms[6];  // for packed operands
 
-  // of a room: the largest product's operand has C, K or V lines and as many terms, or 2 C terms
+  // of a room: the largest product's operand has C, K or V lines and as many terms, or twice C's
   static size_t room(int C, int K, int V) {
-    const int channels = K > V ? K : V, largest = channels > 2 * C ? channels : 2 * C;
-    return packed_size(channels > C ? channels : C, largest);
+    const int channels = in_tiles(K > V ? K : V), tokens = in_tiles(C);
+    return packed_size(channels > tokens ? channels : tokens,
+                       channels > 2 * tokens ? channels : 2 * tokens);
   }
 
+  // of a level's readers, queries and keys, with all who wrote
+  static size_t crossings(int C) { return size_t(C) * (C > 2 * BLOCK ? C / 2 : BLOCK); }
+
   static size_t floats(int C, int K, int V) {
-    return size_t(C) * (8 * K + 1) + size_t(BLOCK) * 2 * K + size_t(C) * (C / 2 + BLOCK) +
+    return size_t(C) * (8 * K + 1) + size_t(BLOCK) * 2 * K + crossings(C) +
            6 * room(C, K, V) / 2;
   }
 
-  Chunk(Scratch& s, int C_, int K_, int V_, bool rounds)
-      : products{rounds}, C(C_), K(K_), V(V_), stride(C_) {
+  Chunk(Scratch& s, int C_, int K_, int V_, Products products_)
+      : products(products_), C(C_), K(K_), V(V_), stride(C_) {
     for (bf16*& one : rooms)
-      one = rounds ? reinterpret_cast<bf16*>(s.take(room(C, K, V) / 2)) : nullptr;
+      one = products.rounds ? reinterpret_cast<bf16*>(s.take(room(C, K, V) / 2)) : nullptr;
     q = s.take(C * K), k = s.take(C * K), beta = s.take(C);
     decay = s.take(C * K), prefix = s.take(C * K), suffix = s.take(C * K);
     right = s.take(C * K), left = s.take(C * K), turned = s.take(C * K);
     fading = s.take(2 * BLOCK * K);
-    crossed = s.take(C * (C > 2 * BLOCK ? C / 2 : BLOCK));
+    crossed = s.take(crossings(C));
   }
 
   // Read a stop's tokens but for their values, and fill up with tokens that change nothing. Ask for

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "vector.h"
+
 constexpr int TILE = 16;         // outputs
 constexpr int GROUP = 32;        // inputs that share a scale
 constexpr int64_t PADDING = 64;  // vectors are readable, and zero, up to a multiple of this

@@ -142,7 +142,6 @@ static void add_parts(const bf16* w, int64_t columns, const float* c, int64_t c_
       _tile_stored(1, to + TILE, y_row);
     }
   }
-  before_tile_loads();
 }
 #else
 static inline void add_parts(const bf16*, int64_t, const float*, int64_t, int64_t, float*,

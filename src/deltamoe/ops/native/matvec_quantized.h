@@ -2,11 +2,9 @@
 // bits: whole numbers are summed within a group of inputs, and scaled.
 #pragma once
 
-#include <cmath>
 #include <cstring>
 
 #include "matrix.h"
-#include "vector.h"
 
 static inline float half_to_float(uint16_t half) {
   uint32_t magnitude = half & 0x7fff, bits = (magnitude << 13) + (112u << 23);

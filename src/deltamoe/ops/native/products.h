@@ -32,6 +32,7 @@ int in_tiles(int terms) { return (terms + 31) / 32 * 32; }
 // packed form as long as it is needed; for fp32 it is null.
 struct Products {
   bool rounds;
+  bool streams;  // what is kept goes past the caches
 
   Left left(int M, int K, Strided a, bf16* room) const {
     if (rounds) pack_left(M, K, a, 1.f, room);
@@ -52,8 +53,12 @@ struct Products {
   // The same, and the rows are kept for the backward pass, unless they lie there already.
   Right right_and_keep(int K, int N, const float* b, bf16* room, void* rows) const {
     if (!rows) return right(K, N, b, room);
-    if (rounds) pack_both<true>(N, K, b, room, static_cast<bf16*>(rows));
-    else if (rows != b) copy_past_caches(b, int64_t(K) * N, static_cast<float*>(rows));
+    float* wide = static_cast<float*>(rows);
+    bf16* narrow = static_cast<bf16*>(rows);
+    if (rounds && streams) pack_both<true>(N, K, b, room, narrow);
+    else if (rounds) pack_both<false>(N, K, b, room, narrow);
+    else if (streams && wide != b) copy_past_caches(b, int64_t(K) * N, wide);
+    else if (wide != b) memcpy(wide, b, sizeof(float) * K * N);
     return {b, N, room, N};
   }
 
