@@ -4,9 +4,9 @@
 // tiles of outputs, of heads, or of stretches of the attention's past; every matrix is read once,
 // whatever the number of rows, and of the experts only those that some row chose. What is small
 // (norms, the routing, rounding to 8 bits) every thread does for itself, which is cheaper than one
-// more barrier; of many rows it does a share (but of their parts for AMX, below). Activations and sums are fp32 for every kind of
-// weight, on AMX too, which gets the activations in parts. Neither the number of threads nor the
-// rows beside a row change a bit of its results.
+// more barrier; of many rows it does a share, but each packs all of them for AMX. Activations and
+// sums are fp32 for every kind of weight, on AMX too, which gets the activations in parts. Neither
+// the number of threads nor the rows beside a row change a bit of its results.
 //
 // The memory's step is that of ops/kda/reference.py, attention the absorbed form of ops/mla.py.
 
