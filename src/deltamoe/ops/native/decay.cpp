@@ -15,20 +15,6 @@ namespace {
 
 constexpr int64_t BLOCK = 128;  // rows summed by one thread
 
-// log(1 + u) for u in [0, 1], as 2 artanh(u / (2 + u)): no cancellation for small u.
-inline float log1p_of_unit(float u) {
-  float s = u / (2.f + u), s2 = s * s;
-  float p = 1.f / 17.f;
-  p = p * s2 + 1.f / 15.f;
-  p = p * s2 + 1.f / 13.f;
-  p = p * s2 + 1.f / 11.f;
-  p = p * s2 + 1.f / 9.f;
-  p = p * s2 + 1.f / 7.f;
-  p = p * s2 + 1.f / 5.f;
-  p = p * s2 + 1.f / 3.f;
-  return 2.f * (s + s * s2 * p);
-}
-
 template <bool is_bounded, class X>
 void forward(int64_t rows, int64_t columns, float lower_bound, int threads, const X* logits,
              const float* rate, const float* bias, float* y) {

@@ -58,18 +58,8 @@ struct Rounded {
 inline float sigmoid(float x) { return 1.f / (1.f + exp_fast(-x)); }
 inline float silu(float x) { return x / (1.f + exp_fast(-x)); }
 
-// log(1 + e^x); log(1 + u) for u in [0, 1] as 2 artanh(u / (2 + u)).
 inline float softplus(float x) {
-  float u = exp_fast(x > 0.f ? -x : x), s = u / (2.f + u), s2 = s * s;
-  float p = 1.f / 17.f;
-  p = p * s2 + 1.f / 15.f;
-  p = p * s2 + 1.f / 13.f;
-  p = p * s2 + 1.f / 11.f;
-  p = p * s2 + 1.f / 9.f;
-  p = p * s2 + 1.f / 7.f;
-  p = p * s2 + 1.f / 5.f;
-  p = p * s2 + 1.f / 3.f;
-  return (x > 0.f ? x : 0.f) + 2.f * (s + s * s2 * p);
+  return (x > 0.f ? x : 0.f) + log1p_of_unit(exp_fast(x > 0.f ? -x : x));
 }
 
 float sum_of_squares(const float* x, int64_t n) {

@@ -754,7 +754,7 @@ void backward(const Problem& p, const X* x, const W* w_gate, const W* w_up, cons
       const int64_t first = task % heights * CHANNELS;
       const int64_t channels = hidden - first < CHANNELS ? hidden - first : CHANNELS;
       if (start[e] == start[e + 1])
-        for (float* sum : {+d_gate, +d_up, +d_down}) memset(sum, 0, mine * SIZE * 4);
+        for (Buffer<float>* sums : {&d_gate, &d_up, &d_down}) memset(*sums, 0, mine * SIZE * 4);
       constexpr int64_t AT_ONCE = ROWS_AT_ONCE / PANEL;
       for (int64_t i = start[e]; i < start[e + 1]; i += AT_ONCE) {
         const Panel* some = panels.data() + i;

@@ -224,7 +224,7 @@ void backward_heads(const Problem& p, const Gradients& d, int64_t n, Heads heads
         c.scaled_terms(c.q, c.prefix, nullptr, 1.f, scaled, c.rooms[1], 0, 2 * terms);
     c.scaled_terms(c.k, c.prefix, c.beta, -1.f, scaled, c.rooms[1], terms, 2 * terms);
     products.run<Into::SCALE_ADD>(K, V, 2 * terms, asks, out_right, dM, V, chunk_decay);
-    c.pairs_backward(d_q_on_k, d_L, d_q, reads, writes);
+    c.pairs_backward(d_q_on_k, d_L, {d_q, reads, writes});
 
     // Every factor is exp(G_i - G_j): G gains where its row reads and loses where it writes, and
     // a token's decay is in every G from its own on.

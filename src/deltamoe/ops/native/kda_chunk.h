@@ -99,16 +99,10 @@ void read_row(const Tensor& x, int64_t b, int64_t t, int64_t h, int64_t n, float
   else widen(static_cast<float*>(x.data) + at, n, to);
 }
 
-// A row that will be read when the next chunk's turn comes.
+// A row that will be read when the next stop's turn comes.
 void prefetch_row(const Tensor& x, int64_t b, int64_t t, int64_t h, int64_t n) {
   const int64_t size = x.is_bf16 ? 2 : 4, at = b * x.batch + t * x.time + h * x.head;
   prefetch(static_cast<char*>(x.data) + at * size, n * size);
-}
-
-void narrow(const float* from, int64_t n, bf16* to) {
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) store_narrow(to + i, load(from + i));
-  for (; i < n; i++) to[i] = from_float<bf16>(from[i]);
 }
 
 void write_row(const Tensor& x, int64_t b, int64_t t, int64_t h, int64_t n, const float* from) {
@@ -364,8 +358,9 @@ struct Chunk {
         products_within(BLOCK, first);
       }
     }
-    for (int level = 0; products.rounds && level < LEVELS; level++)
-      rounded_pairs(NEAR << level, packed(level), q_on_k, system);
+    if (products.rounds)
+      for (int level = 0; level < LEVELS; level++)
+        rounded_pairs(NEAR << level, packed(level), q_on_k, system);
     for (int half = BLOCK; half < C; half *= 2) {
       if (products.rounds) {
         pack_halves(half, packed(0));
@@ -500,23 +495,26 @@ struct Chunk {
   }
 
   // Gradients of the pairs: to q and beta k as rows, to k as columns, all added to.
-  void pairs_backward(const float* d_q_on_k, const float* d_L, float* row_q, float* row_k,
-                      float* column_k) {
-    const Sums sums{row_q, row_k, column_k};
-    for (int level = 0; products.rounds && level < LEVELS; level++) zero_rest(packed(level));
+  struct Sums {
+    float *row_q, *row_k, *column_k;
+  };
+  void pairs_backward(const float* d_q_on_k, const float* d_L, Sums sums) {
+    if (products.rounds)
+      for (int level = 0; level < LEVELS; level++) zero_rest(packed(level));
     for (int first = 0; first < C; first += BLOCK) {
       if (products.rounds) {
         for (int near = first; near < first + BLOCK; near += NEAR)
-          near_backward(near, d_q_on_k, d_L, row_q, row_k, column_k);
+          near_backward(near, d_q_on_k, d_L, sums);
         pack_block_right(first);
       } else {
-        diagonal_backward(first, d_q_on_k, d_L, row_q, row_k, column_k);
+        diagonal_backward(first, d_q_on_k, d_L, sums);
         products_within(BLOCK, first);
       }
     }
-    for (int level = 0; products.rounds && level < LEVELS; level++)
-      rounded_backward(NEAR << level, packed(level), factors(level), factors(level), d_q_on_k, d_L,
-                       sums);
+    if (products.rounds)
+      for (int level = 0; level < LEVELS; level++)
+        rounded_backward(NEAR << level, packed(level), factors(level), factors(level), d_q_on_k,
+                         d_L, sums);
     for (int half = BLOCK; half < C; half *= 2) {
       if (products.rounds) {
         const int n = C / 2, readers = half * K;
@@ -525,15 +523,11 @@ struct Chunk {
                             packed(0).readers);
         rounded_backward(half, packed(0), prefix, suffix, d_q_on_k, d_L, sums);
       } else {
-        halves_backward(half, d_q_on_k, d_L, row_q, row_k, column_k);
+        halves_backward(half, d_q_on_k, d_L, sums);
       }
       double_products(half);
     }
   }
-
-  struct Sums {
-    float *row_q, *row_k, *column_k;
-  };
 
   // Of a level within blocks, each token's prefix or suffix.
   float* factors(int level) const { return level ? left : right; }
@@ -571,19 +565,18 @@ struct Chunk {
     if (C % 32) memset(of.readers, 0, sizeof(bf16) * in_tiles(C) * K);
   }
 
-  void halves_backward(int half, const float* d_q_on_k, const float* d_L, float* row_q,
-                       float* row_k, float* column_k) {
+  void halves_backward(int half, const float* d_q_on_k, const float* d_L, Sums sums) {
     for (int first = 0; first < C; first += 2 * half) {
       const ptrdiff_t at = ptrdiff_t(first + half) * stride + first;
       const int rows = (first + half) * K, columns = first * K;
       scale_halves(first, half);
       gemm<Into::SET>(half, K, half, {d_q_on_k + at, stride, 1}, left, K, turned, K);
-      add_scaled(half, turned, prefix + rows, row_q + rows);
+      add_scaled(half, turned, prefix + rows, sums.row_q + rows);
       gemm<Into::SET>(half, K, half, {d_L + at, stride, 1}, left, K, turned, K);
-      add_scaled(half, turned, prefix + rows, row_k + rows);
+      add_scaled(half, turned, prefix + rows, sums.row_k + rows);
       gemm<Into::SET>(half, K, half, {d_q_on_k + at, 1, stride}, right, K, turned, K);
       gemm<Into::ADD>(half, K, half, {d_L + at, 1, stride}, right + half * K, K, turned, K);
-      add_scaled(half, turned, suffix + columns, column_k + columns);
+      add_scaled(half, turned, suffix + columns, sums.column_k + columns);
     }
   }
 
@@ -656,8 +649,8 @@ struct Chunk {
   }
 
   // Those of NEAR tokens' pairs, in fp32.
-  void near_backward(int first, const float* d_q_on_k, const float* d_L, float* row_q,
-                     float* row_k, float* column_k) {
+  void near_backward(int first, const float* d_q_on_k, const float* d_L, Sums sums) {
+    const auto [row_q, row_k, column_k] = sums;
     const ptrdiff_t corner = ptrdiff_t(first) * stride + first;
     const float *d_reads = d_q_on_k + corner, *d_recalls = d_L + corner;
     for (int j = first * K; j < (first + 1) * K; j += LANES) {
@@ -693,8 +686,8 @@ struct Chunk {
     }
   }
 
-  void diagonal_backward(int first, const float* d_q_on_k, const float* d_L, float* row_q,
-                         float* row_k, float* column_k) {
+  void diagonal_backward(int first, const float* d_q_on_k, const float* d_L, Sums sums) {
+    const auto [row_q, row_k, column_k] = sums;
     float* worth = fading + BLOCK * K;  // what a later reader makes of each earlier write
     memset(worth, 0, sizeof(float) * BLOCK * K);
     for (int t = 0; t < BLOCK; t++) {

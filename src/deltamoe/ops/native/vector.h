@@ -158,6 +158,12 @@ static inline void finish_stores_past_caches() {
 }
 static inline bool is_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
 
+static inline void narrow(const float* from, int64_t n, bf16* to) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store_narrow(to + i, load(from + i));
+  for (; i < n; i++) to[i] = from_float<bf16>(from[i]);
+}
+
 // n numbers to where nothing reads them soon.
 static inline void copy_past_caches(const float* from, int64_t n, float* to) {
   int64_t i = 0;
@@ -172,8 +178,7 @@ static inline void copy_past_caches(const float* from, int64_t n, bf16* to) {
                         (__m512i)_mm512_cvtne2ps_pbh((__m512)load(from + i + 16),
                                                      (__m512)load(from + i)));
 #endif
-  for (; i + LANES <= n; i += LANES) store_narrow(to + i, load(from + i));
-  for (; i < n; i++) to[i] = from_float<bf16>(from[i]);
+  narrow(from + i, n - i, to + i);
 }
 
 // Rows that are needed in a moment and lie too far apart for the processor to foresee.
@@ -208,6 +213,20 @@ static inline float exp_fast(float x) {
   memcpy(&scale_2, &second, 4);
   float result = p * scale_1 * scale_2;
   return x < -87.33f ? 0.f : result;
+}
+
+// log(1 + u) for u in [0, 1], as 2 artanh(u / (2 + u)): no cancellation for small u.
+static inline float log1p_of_unit(float u) {
+  float s = u / (2.f + u), s2 = s * s;
+  float p = 1.f / 17.f;
+  p = p * s2 + 1.f / 15.f;
+  p = p * s2 + 1.f / 13.f;
+  p = p * s2 + 1.f / 11.f;
+  p = p * s2 + 1.f / 9.f;
+  p = p * s2 + 1.f / 7.f;
+  p = p * s2 + 1.f / 5.f;
+  p = p * s2 + 1.f / 3.f;
+  return 2.f * (s + s * s2 * p);
 }
 
 // exp_fast of every lane, quicker where the machine scales by 2^n in one instruction.
