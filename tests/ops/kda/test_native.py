@@ -48,7 +48,7 @@ def test_what_is_kept_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing without gradients; half of the memories, deltas and reads where products round."""
     chunks, heads, K, V, C = 2, 2, 64, 32, 64
     rounded, system = K * V + C * V + C * C, C * C
-    rounds = native_kda._library().kda_rounds(1)
+    rounds = native_kda._library().kda_rounds(1, C)
     assert kept_bytes(torch.float32) == chunks * heads * 4 * (rounded + system)
     size = 2 if rounds else 4
     assert kept_bytes(torch.bfloat16) == chunks * heads * (size * rounded + 4 * system)

@@ -135,7 +135,7 @@ def _library() -> ctypes.CDLL:
     for function in (library.kda_forward, library.kda_recurrent):
         function.argtypes = [POINTER(_Problem), c_void_p]
         function.restype = None
-    library.kda_rounds.argtypes, library.kda_rounds.restype = [c_int64], c_int64
+    library.kda_rounds.argtypes, library.kda_rounds.restype = [c_int64, c_int64], c_int64
     library.kda_backward.argtypes = [POINTER(_Problem), POINTER(_Gradients), c_void_p]
     library.kda_backward.restype = None
     return library
@@ -206,14 +206,11 @@ class _KdaChunk(torch.autograd.Function):
         problem = _problem(inputs, out, sequences, memory, chunk)
         problem.final_memory = final.data_ptr()
         if keeps:
-            K, V = (-(-n // _BLOCK) * _BLOCK for n in (q.shape[3], v.shape[3]))
-            rounds = _library().kda_rounds(v.dtype == torch.bfloat16)
-            # What is rounded is kept so, in rows as long as the tiles it is read in.
+            rounds = _library().kda_rounds(v.dtype == torch.bfloat16, chunk)
             kind, unit = (torch.bfloat16, _TILE) if rounds else (torch.float32, _BLOCK)
+            K, V = (-(-n // unit) * unit for n in (q.shape[3], v.shape[3]))
             saved = [
-                memory.new_empty(
-                    sequences.num_chunks, value_heads, rows, -(-columns // unit) * unit, dtype=kind
-                )
+                memory.new_empty(sequences.num_chunks, value_heads, rows, columns, dtype=kind)
                 for rows, columns in ((K, V), (chunk, V), (chunk, chunk))
             ]
             saved.append(memory.new_empty(sequences.num_chunks, value_heads, chunk, chunk))

@@ -9,6 +9,7 @@
 #include "gemm.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define HAS_TILES 1
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -115,18 +116,6 @@ static inline void pack_left_turned(int M, int K, const bf16* rows, int row, bf1
   pack_columns(M, width, pairs, to, width);
 }
 
-// x * y * sign, and * by[k] if given, of rows [K, M] without gaps, as what stands left of a product
-// over the rows.
-static inline void pack_product_turned(int M, int K, const float* x, const float* y,
-                                       const float* by, float sign, bf16* to, int width) {
-  const auto term = [&](int k, int m) {
-    if (k >= K) return vec{};
-    return load(x + k * M + m) * load(y + k * M + m) * splat(by ? sign * by[k] : sign);
-  };
-  const auto pairs = [&](int k, int m) { return bf16_pairs(term(k, m), term(k + 1, m)); };
-  pack_columns(M, (K + 31) / 32 * 32, pairs, to, width);
-}
-
 // Terms [K, N] to tiles of 16 pairs of rows and 16 columns, K's tiles outermost: what stands right
 // of a product. both(k, n): numbers n to n + 15 of the rows k and k + 1.
 template <class Both>
@@ -147,13 +136,15 @@ static inline void pack_right(int N, int K, const float* b, ptrdiff_t ldb, bf16*
   pack_rows(N, K, both, to);
 }
 
-// The same of rows without gaps, and the numbers row by row as well, as pack_left has them; past
-// the caches if nothing reads them soon.
+// The same of rows without gaps, and the numbers row by row as well, as pack_left has them: times
+// `sign`, 1 or -1, and past the caches if nothing reads them soon.
 template <bool streams>
-static inline void pack_both(int N, int K, const float* b, bf16* to, bf16* rows) {
+static inline void pack_both(int N, int K, const float* b, bf16* to, bf16* rows, int sign = 1) {
   const int width = (N + 31) / 32 * 32;
+  const __m512i flips = _mm512_set1_epi16(sign < 0 ? int16_t(0x8000) : 0);
   const auto keep = [&](int k, int n, __m512i line) {
     __m512i* at = reinterpret_cast<__m512i*>(rows + k * width + n);
+    line = _mm512_xor_si512(line, flips);
     if (streams) _mm512_stream_si512(at, line);
     else _mm512_storeu_si512(at, line);
   };
@@ -175,51 +166,6 @@ static inline void pack_both(int N, int K, const float* b, bf16* to, bf16* rows)
         if (wide) _mm512_storeu_si512(tile + 512, in_turn(high));
       }
     }
-}
-
-// The numbers n to n + 15 of the rows k and k + 1, to where pack_right has them; k is even.
-static inline void pack_pair(int N, int k, int n, vec first, vec second, bf16* to) {
-  bf16* tile = to + k / 32 * 32 * N + n * 32;
-  _mm512_storeu_si512(tile + k % 32 * 16, bf16_pairs(first, second));
-}
-
-// x * y of K rows of N numbers. After each `half` rows, a power of two, as many are left out.
-static inline void pack_product_right(int N, int K, int half, const float* x, const float* y,
-                                      bf16* to) {
-  const auto both = [&](int k, int n) {
-    const int at = (k + (k & -half)) * N + n;
-    return bf16_both(load(x + at) * load(y + at), load(x + at + N) * load(y + at + N));
-  };
-  pack_rows(N, K, both, to);
-}
-
-// Such rows of x * scale, and behind them those of y * scale * by[row].
-static inline void pack_products_right(int N, int K, int half, const float* x, const float* y,
-                                       const float* scale, const float* by, bf16* to) {
-  const auto both = [&](int k, int n) {
-    const bool is_x = k < K;
-    const int i = is_x ? k : k - K, row = i + (i & -half), at = row * N + n;
-    const float* from = is_x ? x : y;
-    const vec first = load(from + at) * load(scale + at);
-    const vec second = load(from + at + N) * load(scale + at + N);
-    if (is_x) return bf16_both(first, second);
-    return bf16_both(first * splat(by[row]), second * splat(by[row + 1]));
-  };
-  pack_rows(N, 2 * K, both, to);
-}
-
-// x * y * sign, and * by[row] if given, as pack_left packs it; x and y [M, K] without gaps.
-static inline void pack_product(int M, int K, const float* x, const float* y, const float* by,
-                                float sign, bf16* to) {
-  const int width = (K + 31) / 32 * 32;
-  for (int m = 0; m < M; m++, x += K, y += K, to += width) {
-    const vec scale = splat(by ? sign * by[m] : sign);
-    for (int k = 0; k < width; k += 32) {
-      vec low = load(x + k) * load(y + k) * scale;
-      vec high = k + 16 < K ? load(x + k + 16) * load(y + k + 16) * scale : vec{};
-      _mm512_storeu_si512(to + k, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-    }
-  }
 }
 
 // The same as pack_right of `rows` [N, K] transposed, which pack_left has made.
@@ -287,27 +233,6 @@ static inline void gemm_packed(int M, int N, int depth, const bf16* a, int width
     }
 }
 
-// A B block by block, each worked on while it is in the nearest cache: finish(first row, first
-// column, rows, columns, the block, from one of its rows to the next).
-template <class Finish>
-static inline void gemm_packed_blocks(int M, int N, int depth, const bf16* a, int width,
-                                      const bf16* b, int columns, Finish finish) {
-  alignas(64) float blocks[2][32 * 32];
-  const int high = (M + 31) / 32, count = high * ((N + 31) / 32);
-  // A tile is long on its way to memory: each block is finished while the next one is made.
-  for (int i = 0; i <= count; i++) {
-    const auto visit = [&](int block, auto work) {
-      const int m = block % high * 32, n = block / high * 32;
-      work(m, n, m + 16 < M ? 32 : 16, n + 16 < N ? 32 : 16, blocks[block % 2], 32);
-    };
-    if (i < count)
-      visit(i, [&](int m, int n, int rows, int cols, float* c, ptrdiff_t ldc) {
-        gemm_packed<false>(rows, cols, depth, a + m * width, width, b + n * 32, columns, c, ldc);
-      });
-    if (i) visit(i - 1, finish);
-  }
-}
-
 #else
 static inline bool amx_granted() { return false; }
 struct Tiles {
@@ -315,21 +240,9 @@ struct Tiles {
 };
 static inline size_t packed_size(size_t, size_t) { return 0; }
 static inline void pack_left(int, int, Strided, float, bf16*) {}
-static inline void pack_left_turned(int, int, const bf16*, int, bf16*) {}
-static inline void pack_product_turned(int, int, const float*, const float*, const float*, float,
-                                       bf16*, int) {}
 static inline void pack_right(int, int, const float*, ptrdiff_t, bf16*) {}
-template <bool streams>
-static inline void pack_both(int, int, const float*, bf16*, bf16*) {}
-static inline void pack_pair(int, int, int, vec, vec, bf16*) {}
-static inline void pack_product_right(int, int, int, const float*, const float*, bf16*) {}
-static inline void pack_products_right(int, int, int, const float*, const float*, const float*,
-                                       const float*, bf16*) {}
-static inline void pack_product(int, int, const float*, const float*, const float*, float, bf16*) {}
 static inline void pack_turned(int, int, const bf16*, bf16*) {}
 template <bool adds>
 static inline void gemm_packed(int, int, int, const bf16*, int, const bf16*, int, float*, ptrdiff_t,
                         const float* = nullptr) {}
-template <class Finish>
-static inline void gemm_packed_blocks(int, int, int, const bf16*, int, const bf16*, int, Finish) {}
 #endif

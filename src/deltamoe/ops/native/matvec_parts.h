@@ -22,7 +22,7 @@ static inline bool is_for_tiles(const Matrix& m) {
   return m.rows >= TILE && m.kind == BF16 && m.columns % 32 == 0 && amx_granted();
 }
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if HAS_TILES
 // The parts of 32 numbers, `stride` bf16 numbers from one to the next.
 static inline void split(const float* x, bf16* to, int64_t stride) {
   const __m512i upper_halves = _mm512_set_epi16(

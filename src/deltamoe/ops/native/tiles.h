@@ -8,7 +8,7 @@
 
 #include "gemm_bf16.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if HAS_TILES
 
 // A stretch of the sum over k: its own columns of A and rows of B.
 struct Stretch {
