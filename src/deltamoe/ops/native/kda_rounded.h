@@ -213,8 +213,9 @@ struct RoundedChunk : Chunk {
     if (turned) {
       _mm512_storeu_si512(to, bf16_pairs(first, second));
     } else {
-      store_narrow(to, first);
-      store_narrow(to + step, second);
+      const __m512i both = bf16_both(first, second);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(both));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + step), _mm512_extracti64x4_epi64(both, 1));
     }
   }
 };
