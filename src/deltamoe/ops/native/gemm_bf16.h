@@ -136,35 +136,34 @@ static inline void pack_right(int N, int K, const float* b, ptrdiff_t ldb, bf16*
   pack_rows(N, K, both, to);
 }
 
-// The same of rows without gaps, and the numbers row by row as well, as pack_left has them: times
-// `sign`, 1 or -1, and past the caches if nothing reads them soon.
+// Two rows of 32 numbers to their place in what stands right of a product, and, times `sign` (1 or
+// -1), to rows as pack_left has them if there are any: past the caches if nothing reads them soon.
+template <bool streams>
+static inline void pack_two(vec low, vec high, vec next_low, vec next_high, bf16* right, bf16* row,
+                            bf16* next_row, int sign = 1) {
+  const __m512i lows = bf16_both(low, next_low), highs = bf16_both(high, next_high);
+  _mm512_storeu_si512(right, in_turn(lows));
+  _mm512_storeu_si512(right + 512, in_turn(highs));
+  if (!row) return;
+  const __m512i flips = _mm512_set1_epi16(sign < 0 ? int16_t(0x8000) : 0);
+  const auto keep = [&](bf16* to, __m512i line) {
+    line = _mm512_xor_si512(line, flips);
+    if (streams) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line);
+    else _mm512_storeu_si512(to, line);
+  };
+  keep(row, _mm512_shuffle_i64x2(lows, highs, 0x44));
+  keep(next_row, _mm512_shuffle_i64x2(lows, highs, 0xee));
+}
+
+// Terms [K, N] both ways; K and N are multiples of 32, `rows` may be null.
 template <bool streams>
 static inline void pack_both(int N, int K, const float* b, bf16* to, bf16* rows, int sign = 1) {
-  const int width = (N + 31) / 32 * 32;
-  const __m512i flips = _mm512_set1_epi16(sign < 0 ? int16_t(0x8000) : 0);
-  const auto keep = [&](int k, int n, __m512i line) {
-    __m512i* at = reinterpret_cast<__m512i*>(rows + k * width + n);
-    line = _mm512_xor_si512(line, flips);
-    if (streams) _mm512_stream_si512(at, line);
-    else _mm512_storeu_si512(at, line);
-  };
-  for (int k = 0; k < K; k += 32)
+  for (int k = 0; k < K; k += 2)
     for (int n = 0; n < N; n += 32) {
-      bf16* tile = to + k * N + n * 32;
-      const bool wide = n + 16 < N;
-      for (int i = 0; i < 16; i++, tile += 32) {
-        const int row = k + 2 * i;
-        const float* from = b + row * N + n;
-        __m512i low = {}, high = {};
-        if (row < K) {
-          low = bf16_both(load(from), load(from + N));
-          if (wide) high = bf16_both(load(from + 16), load(from + N + 16));
-          keep(row, n, _mm512_shuffle_i64x2(low, high, 0x44));
-          keep(row + 1, n, _mm512_shuffle_i64x2(low, high, 0xee));
-        }
-        _mm512_storeu_si512(tile, in_turn(low));
-        if (wide) _mm512_storeu_si512(tile + 512, in_turn(high));
-      }
+      const float *from = b + k * N + n, *next = from + N;
+      bf16* row = rows ? rows + k * N + n : nullptr;
+      pack_two<streams>(load(from), load(from + 16), load(next), load(next + 16),
+                        to + k / 32 * 32 * N + n * 32 + k % 32 * 16, row, row + N, sign);
     }
 }
 

@@ -101,7 +101,10 @@ void each_task(const Problem& p, const int64_t* order, Work work) {
 EXPORT int64_t kda_rounds(int64_t is_bf16, int64_t chunk) { return rounds_products(is_bf16, chunk); }
 
 EXPORT void kda_forward(const Problem* p, const int64_t* order) {
-  const auto forward = rounds_products(p->v.is_bf16, p->chunk) ? forward_rounded : forward_exactly;
+  const bool rounds = rounds_products(p->v.is_bf16, p->chunk);
+  const auto forward = !rounds       ? forward_exactly
+                       : is_long(*p) ? forward_rounded<true>
+                                     : forward_rounded<false>;
   each_task(*p, order, [&](int64_t n, Heads heads) { forward(*p, n, heads); });
 }
 

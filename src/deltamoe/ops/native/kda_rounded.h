@@ -40,6 +40,7 @@ struct RoundedChunk : Chunk {
   bf16* readers[LEVELS + 1];  // queries, and keys times beta: times the decay from the cut
   bf16* wrote[LEVELS + 1];    // keys times the decay to the cut
   float* memories;            // of the task's heads, or their gradients
+  bf16* memories_right;       // the same, right of a product
 
   RoundedChunk(Scratch& s, int C, int K, int V, int64_t heads) : Chunk(s, C, K, V) {
     totals = s.take(C / BLOCK * K), chunk_decay = s.take(K);
@@ -50,6 +51,7 @@ struct RoundedChunk : Chunk {
     readers[WHOLE] = take_narrow(s, 2 * C * K);
     wrote[WHOLE] = take_narrow(s, C * K);
     memories = s.take(heads * K * V);
+    memories_right = take_narrow(s, heads * K * V);
   }
 
   int levels() const { return __builtin_ctz(C / NEAR); }
@@ -207,6 +209,38 @@ struct RoundedChunk : Chunk {
     }
   }
 
+  // A head's memory M = decay * M + A B, where A has rows of `depth` terms, and what becomes of it
+  // as an operand of the head's next stop.
+  template <bool streams>
+  void advance(float* M, const bf16* a, int depth, const bf16* b, bf16* right, bf16* rows) const {
+    alignas(64) float squares[2][SQUARE];
+    const int high = K / STRETCH, count = high * (V / STRETCH);
+    // A tile is long on its way to memory: each square is added while the next one is made.
+    for (int i = 0; i <= count; i++) {
+      if (i < count) {
+        const int row = i % high * STRETCH, column = i / high * STRETCH;
+        block_product<false, 2, 2>(depth, a + row * depth, depth, b + column * STRETCH, V,
+                                   squares[i % 2], STRETCH);
+      }
+      if (i == 0) continue;
+      const int first = (i - 1) % high * STRETCH, column = (i - 1) / high * STRETCH;
+      const float* add = squares[(i - 1) % 2];
+      for (int row = first; row < first + STRETCH; row += 2, add += 2 * STRETCH) {
+        float *here = M + row * V + column, *next = here + V;
+        const vec fade = splat(chunk_decay[row]), next_fade = splat(chunk_decay[row + 1]);
+        const vec low = load(here) * fade + load(add);
+        const vec high = load(here + LANES) * fade + load(add + LANES);
+        const vec next_low = load(next) * next_fade + load(add + STRETCH);
+        const vec next_high = load(next + LANES) * next_fade + load(add + STRETCH + LANES);
+        store(here, low), store(here + LANES, high);
+        store(next, next_low), store(next + LANES, next_high);
+        bf16* to = rows ? rows + row * V + column : nullptr;
+        pack_two<streams>(low, high, next_low, next_high,
+                          right + first * V + column * STRETCH + (row - first) * LANES, to, to + V);
+      }
+    }
+  }
+
   // Two tokens' numbers to their rows, or one beside the other.
   template <bool turned>
   static void put_two(bf16* to, int step, vec first, vec second) {
@@ -225,14 +259,14 @@ struct RoundedChunk : Chunk {
 struct RoundedForward : RoundedChunk {
   float *own_system, *q_on_k, *delta, *out;
   float* crossed;  // of one level's readers with all who wrote
-  bf16 *start, *written, *own_reads, *turned, *ends;
+  bf16 *written, *own_reads, *turned, *ends;
 
   RoundedForward(Scratch& s, int C, int K, int V, int64_t heads)
       : RoundedChunk(s, C, K, V, heads) {
     own_system = s.take(C * C), q_on_k = s.take(C * C);
     delta = s.take(C * V), out = s.take(C * V);
     crossed = s.take(C * C / 2);
-    start = take_narrow(s, K * V), written = take_narrow(s, C * V);
+    written = take_narrow(s, C * V);
     own_reads = take_narrow(s, C * C);
     turned = take_narrow(s, C / 2 * K), ends = take_narrow(s, K * C);
   }
@@ -293,23 +327,24 @@ struct RoundedForward : RoundedChunk {
   }
 };
 
+template <bool streams>  // past the caches what nothing reads soon
 void forward_rounded(const Problem& p, int64_t n, Heads heads) {
   const Tiles tiles(true);
   auto piece = in_one_piece<RoundedForward>(p, heads, STRETCH);
   RoundedForward& c = piece.rooms;
   const int K = c.K, V = c.V, stride = c.stride;
-  const bool streams = is_long(p);
   const auto put_row = streams ? write_far_row : write_row;
+  const int64_t end = p.start[n] + p.length[n];
   read_memories(p, p.memory, n, heads, V, K, c.memories);
+  for (int64_t i = 0; i < (p.length[n] ? heads.end - heads.first : 0); i++)
+    pack_both<false>(V, K, c.memories + i * K * V, c.memories_right + i * K * V,
+                     Kept(p, Stop(p, n, heads, i, true)).start);
 
-  // What stands right of a product; its rows are kept where there is room for them.
-  const auto pack = [&](int rows, const float* x, bf16* to, bf16* kept) {
-    if (!kept) pack_right(V, rows, x, V, to);
-    else if (streams) pack_both<true>(V, rows, x, to, kept);
-    else pack_both<false>(V, rows, x, to, kept);
-  };
   each_stop(p, n, heads, true, [&](const Stop& stop, const Stop& next) {
-    float* M = c.memories + (stop.value_head - heads.first) * K * V;
+    const int64_t at = (stop.value_head - heads.first) * K * V;
+    bf16* start = c.memories_right + at;
+    Stop later = stop;  // of the same head
+    later.chunk++;
     const Kept kept(p, stop);
     float* system = kept.system ? kept.system : c.own_system;
     bf16* reads = kept.q_on_k ? kept.q_on_k : c.own_reads;
@@ -317,17 +352,15 @@ void forward_rounded(const Problem& p, int64_t n, Heads heads) {
     c.pairs(p, stop, next, system);
     const int C = c.C;
     const bf16 *asks = c.readers[WHOLE], *recalls = asks + C * K;
-    pack(K, M, c.start, kept.start);
-
     c.stage_values(p, p.v, stop, c.delta);
     for (int row = 0; row < C; row++)
       for (int j = 0; j < V; j += LANES)
         store(c.delta + row * V + j, load(c.delta + row * V + j) * splat(c.beta[row]));
-    gemm_packed<true>(C, V, K, recalls, K, c.start, V, c.delta, V);
+    gemm_packed<true>(C, V, K, recalls, K, start, V, c.delta, V);
     c.solve(system, c.delta);
-    pack(C, c.delta, c.written, kept.delta);
+    pack_both<streams>(V, C, c.delta, c.written, kept.delta);
 
-    gemm_packed<false>(C, V, K, asks, K, c.start, V, c.out, V);
+    gemm_packed<false>(C, V, K, asks, K, start, V, c.out, V);
     pack_left(C, C, {c.q_on_k, stride, 1}, 1.f, reads);
     for (int first = 0; first < C; first += STRETCH)
       gemm_packed<true>(STRETCH, V, first + STRETCH, reads + first * C, C, c.written, V,
@@ -336,7 +369,9 @@ void forward_rounded(const Problem& p, int64_t n, Heads heads) {
       put_row(p.out, stop.batch, stop.start + row, stop.value_head, p.value_dim, c.out + row * V);
 
     pack_left_turned(K, C, c.wrote[WHOLE], K, c.ends);
-    gemm_packed<true>(K, V, C, c.ends, C, c.written, V, M, V, c.chunk_decay);
+    const bool is_last = stop.start + stop.tokens == end;
+    c.advance<streams>(c.memories + at, c.ends, C, c.written, start,
+                       is_last ? nullptr : Kept(p, later).start);
   });
   write_memories(p, c.memories, n, heads, V, K, p.final_memory);
   finish_stores_past_caches();
@@ -353,7 +388,7 @@ struct RoundedBackward : RoundedChunk {
   float *d_chunk, *through_k;         // of all channels, and of all rows, a vector each, to be summed
   bf16 *out_rows, *residual_rows;     // left of a product; these times -1
   bf16* out_and_residual;             // right of it, one below the other
-  bf16 *end, *end_rows, *end_turned, *start_turned, *delta_turned, *reads_turned, *asks_turned;
+  bf16 *end_rows, *end_turned, *start_turned, *delta_turned, *reads_turned, *asks_turned;
   bf16 *d_readers[LEVELS], *d_wrote[LEVELS];  // left of it: what pairs are worth, and turned
 
   // Of a stretch of tokens and channels, before they are joined: what is read of the chunk's start,
@@ -369,7 +404,7 @@ struct RoundedBackward : RoundedChunk {
     d_chunk = s.take(K), through_k = s.take(C * LANES);
     out_rows = take_narrow(s, C * V), residual_rows = take_narrow(s, C * V);
     out_and_residual = take_narrow(s, 2 * C * V);
-    end = take_narrow(s, K * V), end_rows = take_narrow(s, K * V);
+    end_rows = take_narrow(s, heads * K * V);
     end_turned = take_narrow(s, K * V), start_turned = take_narrow(s, K * V);
     delta_turned = take_narrow(s, C * V), reads_turned = take_narrow(s, STRETCH * C);
     asks_turned = take_narrow(s, 2 * C * K);
@@ -572,10 +607,14 @@ void backward_rounded(const Problem& p, const Gradients& d, int64_t n, Heads hea
   const int K = c.K, V = c.V, stride = c.stride;
   const Outputs outputs(p, d);
   read_memories(p, d.final_memory, n, heads, V, K, c.memories);
+  for (int64_t i = 0; i < heads.end - heads.first; i++)
+    pack_both<false>(V, K, c.memories + i * K * V, c.memories_right + i * K * V,
+                     c.end_rows + i * K * V);
   for (int level = 0; level < LOWER; level++) memset(c.wrote[level], 0, sizeof(bf16) * stride * K);
 
   each_stop(p, n, heads, false, [&](const Stop& stop, const Stop& next) {
-    float* dM = c.memories + (stop.value_head - heads.first) * K * V;
+    const int64_t own = (stop.value_head - heads.first) * K * V;
+    bf16 *end = c.memories_right + own, *end_rows = c.end_rows + own;
     const Kept kept(p, stop);
     c.stage_stop(p, stop, next);
     const int C = c.C;
@@ -591,8 +630,7 @@ void backward_rounded(const Problem& p, const Gradients& d, int64_t n, Heads hea
       gemm_packed<false>(STRETCH, V, C - first, c.reads_turned, C - first,
                          c.out_and_residual + first * V, V, c.residual + first * V, V);
     }
-    pack_both<false>(V, K, dM, c.end, c.end_rows);
-    gemm_packed<true>(C, V, K, c.wrote[WHOLE], K, c.end, V, c.residual, V);
+    gemm_packed<true>(C, V, K, c.wrote[WHOLE], K, end, V, c.residual, V);
     c.solve_transposed(kept.system, c.residual);
     pack_both<false>(V, C, c.residual, c.out_and_residual + C * V, c.residual_rows, -1);
 
@@ -613,14 +651,13 @@ void backward_rounded(const Problem& p, const Gradients& d, int64_t n, Heads hea
       __m512 total = {};
       for (int j = row * V; j < (row + 1) * V; j += STRETCH)
         total = _mm512_dpbf16_ps(total, (__m512bh)_mm512_loadu_si512(kept.start + j),
-                                 (__m512bh)_mm512_loadu_si512(c.end_rows + j));
+                                 (__m512bh)_mm512_loadu_si512(end_rows + j));
       c.d_chunk[row] = sum((vec)total) * c.chunk_decay[row];
     }
     pack_turned(K, V, kept.start, c.start_turned);
-    pack_turned(K, V, c.end_rows, c.end_turned);
+    pack_turned(K, V, end_rows, c.end_turned);
     pack_left_turned(K, 2 * C, c.readers[WHOLE], K, c.asks_turned);
-    gemm_packed<true>(K, V, 2 * C, c.asks_turned, 2 * C, c.out_and_residual, V, dM, V,
-                      c.chunk_decay);
+    c.advance<false>(c.memories + own, c.asks_turned, 2 * C, c.out_and_residual, end, end_rows);
 
     memset(c.through_k, 0, sizeof(float) * C * LANES);
     for (int column = 0; column < K; column += STRETCH) {
@@ -645,6 +682,7 @@ void backward_rounded(const Problem& p, const Gradients& d, int64_t n, Heads hea
 }
 
 #else
+template <bool>
 void forward_rounded(const Problem&, int64_t, Heads) {}
 void backward_rounded(const Problem&, const Gradients&, int64_t, Heads) {}
 #endif
