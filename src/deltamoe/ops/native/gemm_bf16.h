@@ -176,13 +176,20 @@ static inline void pack_turned(int N, int K, const bf16* rows, bf16* to) {
                        reinterpret_cast<float*>(to), 16);
 }
 
-// One or two tiles of C each way; a and b are packed, with `width` terms a row of A and `columns`
-// of B.
+// `depth` terms of a product, a multiple of 32: packed, with `width` terms a row of A and `columns` of
+// B.
+struct Terms {
+  int depth;
+  const bf16* a;
+  int width;
+  const bf16* b;
+  int columns;
+};
+
+// One or two tiles of C each way: the sum of some products.
 template <bool adds, int ROWS, int COLUMNS>
-static inline void block_product(int depth, const bf16* a, int width, const bf16* b, int columns,
-                                float* c, ptrdiff_t ldc) {
-  const ptrdiff_t a_row = width * 2, c_row = ldc * 4;
-  const ptrdiff_t b_step = ptrdiff_t(columns) * 32;  // from one tile of terms to the next
+static inline void block_product(const Terms* products, int count, float* c, ptrdiff_t ldc) {
+  const ptrdiff_t c_row = ldc * 4;
   before_tile_loads();
   if (adds) {
     _tile_loadd(0, c, c_row);
@@ -195,18 +202,22 @@ static inline void block_product(int depth, const bf16* a, int width, const bf16
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int k = 0; k < depth; k += 32, b += b_step) {
-    _tile_loadd(4, a + k, a_row);
-    _tile_loadd(6, b, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (COLUMNS == 2) {
-      _tile_loadd(7, b + 512, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if (ROWS == 2) {
-      _tile_loadd(5, a + 16 * width + k, a_row);
-      _tile_dpbf16ps(2, 5, 6);
-      if (COLUMNS == 2) _tile_dpbf16ps(3, 5, 7);
+  for (const Terms* p = products; p < products + count; p++) {
+    const ptrdiff_t a_row = p->width * 2, b_step = ptrdiff_t(p->columns) * 32;
+    const bf16 *a = p->a, *b = p->b;
+    for (int k = 0; k < p->depth; k += 32, b += b_step) {
+      _tile_loadd(4, a + k, a_row);
+      _tile_loadd(6, b, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if (COLUMNS == 2) {
+        _tile_loadd(7, b + 512, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if (ROWS == 2) {
+        _tile_loadd(5, a + 16 * p->width + k, a_row);
+        _tile_dpbf16ps(2, 5, 6);
+        if (COLUMNS == 2) _tile_dpbf16ps(3, 5, 7);
+      }
     }
   }
   _tile_stored(0, c, c_row);
@@ -228,7 +239,8 @@ static inline void gemm_packed(int M, int N, int depth, const bf16* a, int width
           store(c + i * ldc + j, load(c + i * ldc + j) * splat(scale[i]));
       auto block = high ? (wide ? block_product<adds, 2, 2> : block_product<adds, 2, 1>)
                         : (wide ? block_product<adds, 1, 2> : block_product<adds, 1, 1>);
-      block(depth, a + m * width, width, b + n * 32, columns, c + m * ldc + n, ldc);
+      const Terms terms{depth, a + m * width, width, b + n * 32, columns};
+      block(&terms, 1, c + m * ldc + n, ldc);
     }
 }
 

@@ -83,15 +83,20 @@ struct Chunk {
 
   // The blocks of L on the diagonal become (I + L)^-1.
   void invert_diagonal(float* L) const {
+    float one[2 * BLOCK] = {}, inverse[BLOCK][BLOCK];
+    one[BLOCK] = 1.f;
     for (int first = 0; first < C; first += BLOCK, L += BLOCK * (stride + 1)) {
-      float inverse[BLOCK][BLOCK] = {};
-      for (int t = 0; t < BLOCK; t++) {
-        for (int s = 0; s < t; s++)
-          for (int j = 0; j < BLOCK; j++) inverse[t][j] -= L[t * stride + s] * inverse[s][j];
-        inverse[t][t] = 1.f;
+      for (int j = 0; j < BLOCK; j += LANES) {
+        vec rows[BLOCK];
+#pragma GCC unroll 16
+        for (int t = 0; t < BLOCK; t++) {
+          rows[t] = load(one + BLOCK - t + j);
+#pragma GCC unroll 16
+          for (int s = 0; s < t; s++) rows[t] -= splat(L[t * stride + s]) * rows[s];
+          store(inverse[t] + j, rows[t]);
+        }
       }
-      for (int t = 0; t < BLOCK; t++)
-        memcpy(L + ptrdiff_t(t) * stride, inverse[t], sizeof inverse[t]);
+      for (int t = 0; t < BLOCK; t++) memcpy(L + ptrdiff_t(t) * stride, inverse[t], sizeof inverse[t]);
     }
   }
 

@@ -30,6 +30,10 @@ constexpr int SQUARE = STRETCH * STRETCH;
 
 using Kept = Saved<bf16, STRETCH>;
 
+void make_square(const Terms& product, float* to) {
+  block_product<false, 2, 2>(&product, 1, to, STRETCH);
+}
+
 bf16* take_narrow(Scratch& s, size_t numbers) {
   return reinterpret_cast<bf16*>(s.take(numbers / 2));
 }
@@ -219,8 +223,7 @@ struct RoundedChunk : Chunk {
     for (int i = 0; i <= count; i++) {
       if (i < count) {
         const int row = i % high * STRETCH, column = i / high * STRETCH;
-        block_product<false, 2, 2>(depth, a + row * depth, depth, b + column * STRETCH, V,
-                                   squares[i % 2], STRETCH);
+        make_square({depth, a + row * depth, depth, b + column * STRETCH, V}, squares[i % 2]);
       }
       if (i == 0) continue;
       const int first = (i - 1) % high * STRETCH, column = (i - 1) / high * STRETCH;
@@ -360,11 +363,14 @@ void forward_rounded(const Problem& p, int64_t n, Heads heads) {
     c.solve(system, c.delta);
     pack_both<streams>(V, C, c.delta, c.written, kept.delta);
 
-    gemm_packed<false>(C, V, K, asks, K, start, V, c.out, V);
     pack_left(C, C, {c.q_on_k, stride, 1}, 1.f, reads);
-    for (int first = 0; first < C; first += STRETCH)
-      gemm_packed<true>(STRETCH, V, first + STRETCH, reads + first * C, C, c.written, V,
-                        c.out + first * V, V);
+    for (int column = 0; column < V; column += STRETCH)
+      for (int row = 0; row < C; row += STRETCH) {
+        const int right = column * STRETCH;
+        const Terms terms[] = {{K, asks + row * K, K, start + right, V},
+                               {row + STRETCH, reads + row * C, C, c.written + right, V}};
+        block_product<false, 2, 2>(terms, 2, c.out + row * V + column, V);
+      }
     for (int64_t row = 0; row < stop.tokens; row++)
       put_row(p.out, stop.batch, stop.start + row, stop.value_head, p.value_dim, c.out + row * V);
 
@@ -451,8 +457,8 @@ struct RoundedBackward : RoundedChunk {
   // chunk's end, and with it the decays' gradients behind the last token.
   void multiply_writes(const Kept& kept, int column) {
     for (int row = 0; row < C; row += STRETCH)
-      block_product<false, 2, 2>(V, kept.delta + row * V, V, end_turned + column * STRETCH, K,
-                                 writes + row * STRETCH, STRETCH);
+      make_square({V, kept.delta + row * V, V, end_turned + column * STRETCH, K},
+                  writes + row * STRETCH);
     for (int j = 0; j < STRETCH; j += LANES) {
       vec behind = splat(1.f), total = load(d_chunk + column + j);
       for (int t = C - 1; t >= 0; t--) {
@@ -469,7 +475,7 @@ struct RoundedBackward : RoundedChunk {
   // All products of a stretch of tokens and channels, from `row` and `column` on.
   void multiply_stretch(int row, int column) {
     const auto product = [&](int terms, const bf16* left, const bf16* right, float* to) {
-      block_product<false, 2, 2>(terms, left, terms, right + column * STRETCH, K, to, STRETCH);
+      make_square({terms, left, terms, right + column * STRETCH, K}, to);
     };
     product(V, out_rows + row * V, start_turned, by_q);
     product(V, residual_rows + row * V, start_turned, by_k);
