@@ -108,6 +108,17 @@ def test_chunk_size_changes_nothing_in_bf16(chunk_size: int, sizes: tuple[int, .
     assert_relative(native(inputs, chunk_size=chunk_size), exact(inputs), 2**-6)  # as above
 
 
+@pytest.mark.parametrize("lengths", [(5,), (1, 64, 0, 17), (130, 3, 65, 64, 1), (0, 9)])
+def test_packed_sequences_do_not_meet_in_bf16(lengths: tuple[int, ...]) -> None:
+    sizes = (1, 2, 4, 40, 72)  # no multiples of a tile, and two value heads to a head
+    inputs = kda_inputs(
+        "erasing", sum(lengths), torch.bfloat16, sequences=len(lengths), sizes=sizes
+    )
+    borders = torch.tensor([0, *lengths]).cumsum(0)
+    expected = exact(inputs, cu_seqlens=borders)
+    assert_relative(native(inputs, cu_seqlens=borders), expected, 2**-6)  # as above
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_text_longer_than_the_caches(dtype: torch.dtype) -> None:
     """More than a megabyte of answers is stored past them."""
@@ -131,8 +142,9 @@ def test_strided_inputs_are_read_in_place() -> None:
     assert torch.equal(together.grad, grads)
 
 
-def test_threads_change_nothing() -> None:
-    inputs = kda_inputs("mixed_decay", 200, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_nothing(dtype: torch.dtype) -> None:
+    inputs = kda_inputs("mixed_decay", 200, dtype)
     before = torch.get_num_threads()
     results = []
     try:

@@ -176,8 +176,8 @@ static inline void pack_turned(int N, int K, const bf16* rows, bf16* to) {
                        reinterpret_cast<float*>(to), 16);
 }
 
-// `depth` terms of a product, a multiple of 32: packed, with `width` terms a row of A and `columns` of
-// B.
+// `depth` terms of a product, a multiple of 32: packed, with `width` terms a row of A and `columns`
+// of B.
 struct Terms {
   int depth;
   const bf16* a;

@@ -1,8 +1,10 @@
-// Kimi Delta Attention: over chunks (kda_exact.h, and kda_rounded.h if the values come in bf16 and
-// the machine has AMX), and token by token. Letters and derivation: docs/kda.md.
+// Kimi Delta Attention: over chunks, in fp32 (kda_exact.h) or, if the values come in bf16 and the
+// machine has AMX, with rounded products (kda_rounded.h); and token by token. Letters and
+// derivation: docs/kda.md.
 
 #include "kda_exact.h"
-#include "kda_rounded.h"
+#include "kda_rounded_backward.h"
+#include "kda_rounded_forward.h"
 
 namespace {
 
@@ -98,7 +100,9 @@ void each_task(const Problem& p, const int64_t* order, Work work) {
 }  // namespace
 
 // Whether what is kept for the backward pass of such values is bf16.
-EXPORT int64_t kda_rounds(int64_t is_bf16, int64_t chunk) { return rounds_products(is_bf16, chunk); }
+EXPORT int64_t kda_rounds(int64_t is_bf16, int64_t chunk) {
+  return rounds_products(is_bf16, chunk);
+}
 
 EXPORT void kda_forward(const Problem* p, const int64_t* order) {
   const bool rounds = rounds_products(p->v.is_bf16, p->chunk);
@@ -109,7 +113,8 @@ EXPORT void kda_forward(const Problem* p, const int64_t* order) {
 }
 
 EXPORT void kda_backward(const Problem* p, const Gradients* d, const int64_t* order) {
-  const auto backward = rounds_products(p->v.is_bf16, p->chunk) ? backward_rounded : backward_exactly;
+  const bool rounds = rounds_products(p->v.is_bf16, p->chunk);
+  const auto backward = rounds ? backward_rounded : backward_exactly;
   each_task(*p, order, [&](int64_t n, Heads heads) { backward(*p, *d, n, heads); });
 }
 

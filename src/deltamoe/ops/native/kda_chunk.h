@@ -96,7 +96,8 @@ struct Chunk {
           store(inverse[t] + j, rows[t]);
         }
       }
-      for (int t = 0; t < BLOCK; t++) memcpy(L + ptrdiff_t(t) * stride, inverse[t], sizeof inverse[t]);
+      for (int t = 0; t < BLOCK; t++)
+        memcpy(L + ptrdiff_t(t) * stride, inverse[t], sizeof inverse[t]);
     }
   }
 

@@ -1,4 +1,4 @@
-// What Kimi Delta Attention's kernels read and write, and the order in which a task walks through it.
+// What Kimi Delta Attention's kernels read and write, and the order in which a task walks through.
 //
 // One task is one sequence and a few query/key heads with their value heads; it walks its chunks in
 // order with everything it needs in this core's cache. No head's numbers depend on how many there
@@ -197,7 +197,8 @@ class Outputs {
   }
 
   void put_values(const Stop& stop, int64_t row, const float* v, float beta) const {
-    (is_long_ ? write_far_row : write_row)(d_.v, stop.batch, stop.start + row, stop.value_head, p_.value_dim, v);
+    const auto put_row = is_long_ ? write_far_row : write_row;
+    put_row(d_.v, stop.batch, stop.start + row, stop.value_head, p_.value_dim, v);
     write_row(d_.beta, stop.batch, stop.start + row, stop.value_head, 1, &beta);
   }
 

@@ -40,7 +40,7 @@ static inline void split(const float* x, bf16* to, int64_t stride) {
 }
 
 // To [columns / 32][part_tiles][16 pairs of inputs][16 columns].
-static void pack_parts(const Vector* x, int64_t count, int64_t columns, bf16* to) {
+static inline void pack_parts(const Vector* x, int64_t count, int64_t columns, bf16* to) {
   alignas(64) bf16 parts[PARTS * TILE][32] = {};
   const int64_t tiles = part_tiles(count);
   for (int64_t first = 0; first < count; first += TILE) {
@@ -85,7 +85,7 @@ static void multiply_parts(const bf16* w, int64_t columns, const bf16* parts, in
 #undef STORE
 }
 
-static void amx_tile(const bf16* w, int64_t columns, const Vectors& x, float* out,
+static inline void amx_tile(const bf16* w, int64_t columns, const Vectors& x, float* out,
                      int64_t to_next, Turn turn) {
   using Multiply = decltype(&multiply_parts<1>);
   constexpr Multiply BY_WIDTH[] = {multiply_parts<1>, multiply_parts<2>, multiply_parts<3>,
@@ -109,7 +109,7 @@ static void amx_tile(const bf16* w, int64_t columns, const Vectors& x, float* ou
 // `join_parts` makes a sum of `add_rows`. There are as many rows of y as fill tiles, and `room` for
 // parts_size(count, 32) numbers; columns are a multiple of 32. Of what is `to_next` bytes further
 // this asks for every other kilobyte, and Turn{0, 2} for those between.
-static void add_parts(const bf16* w, int64_t columns, const float* c, int64_t c_stride,
+static inline void add_parts(const bf16* w, int64_t columns, const float* c, int64_t c_stride,
                       int64_t count, float* y, int64_t y_stride, int64_t to_next, bf16* room) {
   const int64_t tiles = part_tiles(count), y_row = y_stride * sizeof(float);
   std::fill(room, room + parts_size(count, 32), bf16{});
