@@ -455,9 +455,9 @@ class Decoder {
   bool are_on_tiles(const Mla& m) const {
     return is_for_tiles({nullptr, nullptr, BLOCK, m.latent_dim, model_.state_kind});
   }
-  // Rows of `sources_` that a stretch has: its heads', or on tiles their parts'.
+  // Rows of `sources_` that a stretch has: its heads', and on tiles as many as they fill.
   int64_t source_rows(const Mla& m) const {
-    return are_on_tiles(m) ? part_tiles(m.heads) * TILE : m.heads;
+    return are_on_tiles(m) ? part_groups(m.heads) * part_rows(m.heads) : m.heads;
   }
 
   template <class T>
@@ -564,7 +564,6 @@ class Decoder {
     const int64_t H = m.heads, L = m.latent_dim, P = m.rope_dim;
     const int64_t kind = sizeof(T) == 4 ? FP32 : BF16;
     const bool on_tiles = are_on_tiles(m);
-    const int64_t rows = on_tiles ? PARTS : 1;  // of sources, for a head
     const float scale = 1.f / std::sqrt(float(m.query_dim()));
     float *largest = largest_.data() + unit * H, *total = total_.data() + unit * H;
     float* sources = sources_[unit * source_rows(m)];
@@ -580,19 +579,35 @@ class Decoder {
     Matrix keys{nullptr, nullptr, BLOCK, L, kind}, rope{nullptr, nullptr, BLOCK, P, kind};
     const Vectors by_latent = with_parts(t, 0, q.data(), H, {&keys});
     const Vectors by_rope = with_parts(t, 1, q_rope.data(), H, {&rope});
-    if (on_tiles) t.parts[2].resize(parts_size(H, 32));
+    if (on_tiles) t.parts[2].resize(source_rows(m) * PARTS * BLOCK);
     t.scores.reserve(H, BLOCK);
+    const bool in_one_go = on_tiles && part_tiles(H) == 1 && P % 32 == 0;
+    if (in_one_go) configure_tiles(int(part_rows(H)));
     for (int64_t s = begin; s < end; s += BLOCK) {
       const int64_t n = std::min(BLOCK, end - s);
       const T* latents = block<T>(t.latents, state.latent, state.latent_stride, L, b, s, n);
       keys.values = latents;
       rope.values = block<T>(t.rope_keys, state.rope_key, state.rope_key_stride, P, b, s, n);
       // Meanwhile the next block is asked for, half of it with each of the two uses.
-      const int64_t to_next = s + BLOCK > rows_.past[b] ? 0 :
-          reinterpret_cast<const char*>(
-              token<T>(state.latent, state.latent_stride, L, b, s + BLOCK)) -
-          reinterpret_cast<const char*>(latents);
-      for (int64_t tile = 0; tile * TILE < n; tile++) {
+      const int64_t next = s + BLOCK > rows_.past[b] ? s : s + BLOCK;
+      const char* next_latents = reinterpret_cast<const char*>(
+          token<T>(state.latent, state.latent_stride, L, b, next));
+      const char* next_rope = reinterpret_cast<const char*>(
+          token<T>(state.rope_key, state.rope_key_stride, P, b, next));
+      const int64_t to_next = next_latents - reinterpret_cast<const char*>(latents);
+      const int64_t half = BLOCK / 2 * L * int64_t(sizeof(T));
+      if constexpr (sizeof(T) == 2)
+        if (in_one_go) {
+          const PartRows products[] = {
+              {latents, L, by_latent.parts, {next_latents, half}},
+              {static_cast<const T*>(rope.values), P, by_rope.parts,
+               {next_rope, BLOCK * P * int64_t(sizeof(T))}}};
+          multiply_two_tiles(products, P ? 2 : 1, H, t.scores[0], t.scores.stride);
+          for (int64_t h = 0; h < H; h++)
+            for (int64_t i = 0; i < BLOCK; i++) t.scores[h][i] *= scale;
+        }
+      if (on_tiles && !in_one_go) configure_tiles();
+      for (int64_t tile = 0; !in_one_go && tile * TILE < n; tile++) {
         tile_product(keys, tile, by_latent, t.tile.data(), keys.tile(tile) + to_next, {0, 2});
         if (P) tile_product(rope, tile, by_rope, t.other_tile.data());
         for (int64_t h = 0; h < H; h++)
@@ -600,40 +615,45 @@ class Decoder {
             t.scores[h][tile * TILE + i] =
                 (t.tile[h * TILE + i] + (P ? t.other_tile[h * TILE + i] : 0.f)) * scale;
       }
-      for (int64_t h = 0; h < H; h++) {
-        float* scores = t.scores[h];
-        std::fill(scores + n, scores + BLOCK, -INFINITY);
-        vec mosts = splat(largest[h]), sums = {};
-        for (int64_t i = 0; i < BLOCK; i += LANES) {
-          const vec here = load(scores + i);
-          mosts = here > mosts ? here : mosts;
-        }
-        float most = mosts[0];
-        for (int i = 1; i < LANES; i++) most = mosts[i] > most ? mosts[i] : most;
-        if (most != largest[h]) {
-          const float shrink = exp_fast(largest[h] - most);
-          total[h] *= shrink;
-          for (int64_t r = h * rows; r < (h + 1) * rows; r++)
-            for (int64_t i = 0; i < L; i++) sources[r * sources_.stride + i] *= shrink;
-          largest[h] = most;
-        }
-        for (int64_t i = 0; i < BLOCK; i += LANES) {
-          const vec weights = exp_lanes(load(scores + i) - splat(most));
-          store(scores + i, weights);
-          sums += weights;
-        }
-        total[h] += sum(sums);
-      }
+      for (int64_t h = 0; h < H; h++)
+        weigh(t.scores[h], n, largest[h], total[h], sources + h * sources_.stride, L);
       if constexpr (sizeof(T) == 2)
         if (on_tiles) {
-          add_parts(latents, L, t.scores[0], t.scores.stride, H, sources, sources_.stride, to_next,
-                    t.parts[2].data());
+          if (!in_one_go) configure_tiles(int(part_rows(H)));
+          add_parts(latents, L, t.scores[0], t.scores.stride, H, sources, sources_.stride,
+                    {next_latents + half, half}, t.parts[2].data());
           continue;
         }
       add_rows(latents, n, L, L, t.scores[0], t.scores.stride, H, sources, sources_.stride,
                to_next, {1, 2});
     }
-    if (on_tiles) join_parts(sources, sources_.stride, H, L);
+    if (on_tiles) configure_tiles();
+  }
+
+  // A block's scores become weights relative to the largest score so far; what was summed before is
+  // rescaled to it.
+  static void weigh(float* scores, int64_t n, float& largest, float& total, float* sources,
+                    int64_t width) {
+    std::fill(scores + n, scores + BLOCK, -INFINITY);
+    vec mosts = splat(largest), sums = {};
+    for (int64_t i = 0; i < BLOCK; i += LANES) {
+      const vec here = load(scores + i);
+      mosts = here > mosts ? here : mosts;
+    }
+    float most = mosts[0];
+    for (int i = 1; i < LANES; i++) most = mosts[i] > most ? mosts[i] : most;
+    if (most != largest) {
+      const float shrink = exp_fast(largest - most);
+      total *= shrink;
+      for (int64_t i = 0; i < width; i++) sources[i] *= shrink;
+      largest = most;
+    }
+    for (int64_t i = 0; i < BLOCK; i += LANES) {
+      const vec weights = exp_lanes(load(scores + i) - splat(most));
+      store(scores + i, weights);
+      sums += weights;
+    }
+    total += sum(sums);
   }
 
   // A block's n tokens from `first` where they lie together, followed by zeros if they are few.

@@ -22,19 +22,23 @@ static inline bool amx_granted() {
   return granted;
 }
 
+// This thread's tiles become rows of 64 bytes: the first three `low` of them, the others 16.
+static inline void configure_tiles(int low = 16) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = uint8_t(i < 3 ? low : 16);
+  asm volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic names the first 8 bytes only
+  _tile_loadconfig(&config);
+}
+
 // While it lives, this thread's tiles are eight of 16 rows of 64 bytes.
 class Tiles {
  public:
   explicit Tiles(bool wanted) : configured_(wanted) {
-    if (!wanted) return;
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
-    asm volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic names the first 8 bytes only
-    _tile_loadconfig(&config);
+    if (wanted) configure_tiles();
   }
   ~Tiles() {
     if (configured_) _tile_release();
@@ -246,6 +250,7 @@ static inline void gemm_packed(int M, int N, int depth, const bf16* a, int width
 
 #else
 static inline bool amx_granted() { return false; }
+static inline void configure_tiles(int = 16) {}
 struct Tiles {
   explicit Tiles(bool) {}
 };

@@ -22,6 +22,32 @@ static inline bool is_for_tiles(const Matrix& m) {
   return m.rows >= TILE && m.kind == BF16 && m.columns % 32 == 0 && amx_granted();
 }
 
+// What is to be asked for meanwhile: as many bytes from here on.
+struct Ahead {
+  const char* from;
+  int64_t bytes;
+
+  Ahead part(int64_t i, int64_t of) const { return {from + bytes / of * i, bytes / of}; }
+  void ask() const {
+    for (int64_t i = 0; i < bytes; i += 64) prefetch(from + i);
+  }
+};
+
+// 32 rows of a matrix, and what multiplies them.
+struct PartRows {
+  const bf16* w;
+  int64_t columns;
+  const bf16* parts;
+  Ahead ahead;
+};
+
+// Sums of rows of weights for `count` vectors come in groups of as many rows as need the fewest
+// tiles.
+static inline int64_t part_groups(int64_t count) { return (count + TILE - 1) / TILE; }
+static inline int64_t part_rows(int64_t count) {
+  return (count + part_groups(count) - 1) / part_groups(count);
+}
+
 #if HAS_TILES
 // The parts of 32 numbers, `stride` bf16 numbers from one to the next.
 static inline void split(const float* x, bf16* to, int64_t stride) {
@@ -105,56 +131,87 @@ static inline void amx_tile(const bf16* w, int64_t columns, const Vectors& x, fl
   }
 }
 
-// y[PARTS b + p][0..columns) += sum over 32 rows of part p of c[b][r], times W[r][0..columns): what
-// `join_parts` makes a sum of `add_rows`. There are as many rows of y as fill tiles, and `room` for
-// parts_size(count, 32) numbers; columns are a multiple of 32. Of what is `to_next` bytes further
-// this asks for every other kilobyte, and Turn{0, 2} for those between.
+// 32 rows of one matrix, or of some that stand side by side, times vectors so few that their parts
+// fill one tile: to[b * stride + row]. The first three tiles are left alone.
+static inline void multiply_two_tiles(const PartRows* of, int64_t count, int64_t vectors,
+                                      float* to, int64_t stride) {
+  alignas(64) float products[2][TILE * TILE];
+  before_tile_loads();
+  _tile_zero(3);
+  _tile_zero(4);
+  for (const PartRows* p = of; p < of + count; p++) {
+    const int64_t row = p->columns * sizeof(bf16);
+    for (int64_t k = 0; k < p->columns; k += 32) {
+      p->ahead.part(k / 32, p->columns / 32).ask();
+      _tile_loadd(7, p->parts + k * TILE, 64);
+      _tile_loadd(5, p->w + k, row);
+      _tile_dpbf16ps(3, 5, 7);
+      _tile_loadd(6, p->w + TILE * p->columns + k, row);
+      _tile_dpbf16ps(4, 6, 7);
+    }
+  }
+  _tile_stored(3, products[0], 64);
+  _tile_stored(4, products[1], 64);
+  for (int n = 0; n < 2; n++) {
+    transpose_square(products[n], TILE, products[n], TILE);
+    const float* from = products[n];
+    for (int64_t b = 0; b < vectors; b++, from += PARTS * TILE)
+      store(to + b * stride + n * TILE, load(from) + (load(from + TILE) + load(from + 2 * TILE)));
+  }
+}
+
+// y[b][0..columns) += sum over 32 rows of c[b][r] W[r][0..columns); a number's parts are terms.
+// There are `part_groups` of y's rows, of `part_rows` each: the first three tiles have as many.
+// `room` is for PARTS * 32 numbers a row; columns are a multiple of 32.
 static inline void add_parts(const bf16* w, int64_t columns, const float* c, int64_t c_stride,
-                      int64_t count, float* y, int64_t y_stride, int64_t to_next, bf16* room) {
-  const int64_t tiles = part_tiles(count), y_row = y_stride * sizeof(float);
-  std::fill(room, room + parts_size(count, 32), bf16{});
-  for (int64_t b = 0; b < count; b++) split(c + b * c_stride, room + b * PARTS * 32, 32);
+                             int64_t count, float* y, int64_t y_stride, Ahead ahead, bf16* room) {
+  const int64_t groups = part_groups(count), rows = part_rows(count);
+  const int64_t part = rows * 32, y_row = y_stride * sizeof(float);
+  std::fill(room, room + groups * PARTS * part, bf16{});
+  for (int64_t b = 0; b < count; b++)
+    split(c + b * c_stride, room + b / rows * PARTS * part + b % rows * 32, part);
   alignas(64) int16_t places[32];
   for (int i = 0; i < 32; i++) places[i] = i / 2 + i % 2 * 32;
   const __m512i low = _mm512_load_si512(places);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  alignas(64) bf16 pairs[2][TILE][32];  // of rows, for 16 columns and for the next
-  for (int64_t k = 0; k < columns; k += 32) {
-    const char* next = reinterpret_cast<const char*>(w + k * 32) + to_next + 1024;
+  // of rows, for 16 columns and for the next; packed well before they are loaded as tiles
+  alignas(64) bf16 pairs[2][2][TILE][32];
+  const auto pack = [&](int64_t k) {
+    auto& to = pairs[k / 32 % 2];
+#pragma GCC unroll 16
     for (int64_t i = 0; i < TILE; i++) {
-      prefetch(next + i * 64);
-      const __m512i a = _mm512_loadu_si512(w + 2 * i * columns + k);
-      const __m512i b = _mm512_loadu_si512(w + (2 * i + 1) * columns + k);
-      _mm512_store_si512(pairs[0][i], _mm512_permutex2var_epi16(a, low, b));
-      _mm512_store_si512(pairs[1][i], _mm512_permutex2var_epi16(a, high, b));
+      const bf16* from = w + 2 * i * columns + k;
+      const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + columns);
+      _mm512_store_si512(to[0][i], _mm512_permutex2var_epi16(a, low, b));
+      _mm512_store_si512(to[1][i], _mm512_permutex2var_epi16(a, high, b));
     }
+  };
+  pack(0);
+  for (int64_t k = 0; k < columns; k += 32) {
+    ahead.part(k / 32, columns / 32).ask();
+    if (k + 32 < columns) pack(k + 32);
     before_tile_loads();
-    _tile_loadd(3, pairs[0], 64);
-    _tile_loadd(4, pairs[1], 64);
-    for (int64_t m = 0; m < tiles; m++) {
-      float* to = y + m * TILE * y_stride + k;
+    _tile_loadd(3, pairs[k / 32 % 2][0], 64);
+    _tile_loadd(4, pairs[k / 32 % 2][1], 64);
+    for (int64_t m = 0; m < groups; m++) {
+      float* to = y + m * rows * y_stride + k;
+      const bf16* parts = room + m * PARTS * part;
       _tile_loadd(0, to, y_row);
       _tile_loadd(1, to + TILE, y_row);
-      _tile_loadd(2, room + m * TILE * 32, 64);
-      _tile_dpbf16ps(0, 2, 3);
-      _tile_dpbf16ps(1, 2, 4);
+      for (int64_t p = 0; p < PARTS; p++, parts += part) {
+        _tile_loadd(2, parts, 64);
+        _tile_dpbf16ps(0, 2, 3);
+        _tile_dpbf16ps(1, 2, 4);
+      }
       _tile_stored(0, to, y_row);
       _tile_stored(1, to + TILE, y_row);
     }
   }
 }
 #else
-static inline void add_parts(const bf16*, int64_t, const float*, int64_t, int64_t, float*,
-                             int64_t, int64_t, bf16*) {}
 static inline void pack_parts(const Vector*, int64_t, int64_t, bf16*) {}
 static inline void amx_tile(const bf16*, int64_t, const Vectors&, float*, int64_t, Turn) {}
+static inline void multiply_two_tiles(const PartRows*, int64_t, int64_t, float*, int64_t) {}
+static inline void add_parts(const bf16*, int64_t, const float*, int64_t, int64_t, float*, int64_t,
+                             Ahead, bf16*) {}
 #endif
-
-// Of each b's PARTS rows of y the sum, in row b.
-static inline void join_parts(float* y, int64_t y_stride, int64_t count, int64_t columns) {
-  for (int64_t b = 0; b < count; b++) {
-    const float* from = y + PARTS * b * y_stride;
-    for (int64_t i = 0; i < columns; i++)
-      y[b * y_stride + i] = from[i] + (from[y_stride + i] + from[2 * y_stride + i]);
-  }
-}
