@@ -127,6 +127,30 @@ def test_a_text_longer_than_the_caches(dtype: torch.dtype) -> None:
     assert_relative(native(inputs), exact(inputs), limit)
 
 
+def test_long_rows_that_begin_on_no_line() -> None:
+    inputs = kda_inputs("random", 1500, torch.bfloat16, sizes=(1, 2, 6, 40, 33))
+    assert_relative(native(inputs), exact(inputs), 2**-6)  # as above
+
+
+def test_values_alone_in_bf16() -> None:
+    """Rounded products of queries, keys and decays that came in fp32."""
+    inputs = kda_inputs("mixed_decay", 150, torch.float32, sizes=(1, 2, 2, 33, 48))
+    inputs["v"] = inputs["v"].detach().bfloat16().requires_grad_()
+    got = native(inputs)
+    assert (got["d_q"].dtype, got["d_v"].dtype) == (torch.float32, torch.bfloat16)
+    assert_relative(got, exact(inputs), 2**-6)  # as above
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_change_no_answer(dtype: torch.dtype) -> None:
+    """What is kept for the backward pass lies elsewhere than what is not."""
+    inputs = kda_inputs("mixed_decay", 150, dtype)
+    with torch.no_grad():
+        alone = kda_chunk(*inputs.values(), backend="native")
+    kept = kda_chunk(*inputs.values(), backend="native")
+    assert all(torch.equal(a, b) for a, b in zip(alone, kept, strict=True))
+
+
 def test_strided_inputs_are_read_in_place() -> None:
     inputs = kda_inputs("mixed_decay", 70, torch.float32, sizes=(2, 3, 3, 5, 5))
     memory = inputs.pop("memory")
@@ -157,13 +181,18 @@ def test_threads_change_nothing(dtype: torch.dtype) -> None:
         assert all(torch.equal(other[name], want) for other in results[1:]), name
 
 
-def test_nan_is_not_hidden() -> None:
-    inputs = {n: x.detach() for n, x in kda_inputs("random", 40, torch.float32).items()}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_is_not_hidden(dtype: torch.dtype) -> None:
+    """And stays in its head, though heads take turns in one room."""
+    inputs = {n: x.detach() for n, x in kda_inputs("random", 40, dtype, sizes=SIZES[0]).items()}
+    sound, _ = kda_chunk(*inputs.values(), backend="native")
     for name in ("q", "k", "v", "log_decay", "beta", "memory"):
         spoiled = {**inputs, name: inputs[name].clone()}
-        spoiled[name][0, 0, 0] = torch.nan
+        first = spoiled[name][0, 0] if name == "memory" else spoiled[name][0, 0, 0]
+        first.fill_(torch.nan)
         out, memory = kda_chunk(*spoiled.values(), backend="native")
         assert out.isnan().any() or memory.isnan().any(), name
+        assert torch.equal(out[:, :, -1], sound[:, :, -1]), name
 
 
 def test_it_is_the_default_in_fp32() -> None:

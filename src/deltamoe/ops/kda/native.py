@@ -1,8 +1,9 @@
 """KDA in C++ for the CPU: every chunk's work stays in one core's cache.
 
-The same arithmetic as ``dyadic`` (survival by halves, exact for any decay), in fp32, with inputs
-and outputs in fp32 or bf16. For the backward pass it keeps the inputs, the memory at each chunk's
-start, and per chunk the deltas and two C x C matrices: in bf16 what only rounded products read.
+The same arithmetic as ``dyadic`` (survival by halves, exact for any decay) in fp32, or with
+products rounded to bf16 where values come so and the processor has AMX. For the backward pass it
+keeps the inputs, the memory at each chunk's start, and per chunk the deltas and two C x C
+matrices: in bf16 what only rounded products read.
 
 Boundary: lays tensors out for ``ops/native/kda.cpp``, which holds the algorithm.
 """

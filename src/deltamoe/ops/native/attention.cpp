@@ -78,7 +78,7 @@ struct Products {
   Left left(int64_t M, int64_t K, Strided a, Room& room) const {
     if (!rounds) return {a, nullptr};
     bf16* packed = room.of(M, K);
-    pack_left(int(M), int(K), a, 1.f, packed);
+    pack_left(int(M), int(K), a, packed);
     return {a, packed};
   }
 
@@ -99,7 +99,7 @@ struct Products {
       return {wide.data(), row, nullptr, N};
     }
     bf16 *packed = room.of(N, K), *lines = between.of(N, K);
-    pack_left(int(N), int(K), {rows, K, 1}, 1.f, lines);
+    pack_left(int(N), int(K), {rows, K, 1}, lines);
     pack_turned(int(N), int(K), lines, packed);
     return {nullptr, 0, packed, N};
   }

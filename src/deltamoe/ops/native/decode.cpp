@@ -581,23 +581,29 @@ class Decoder {
     const Vectors by_rope = with_parts(t, 1, q_rope.data(), H, {&rope});
     if (on_tiles) t.parts[2].resize(source_rows(m) * PARTS * BLOCK);
     t.scores.reserve(H, BLOCK);
-    const bool in_one_go = on_tiles && part_tiles(H) == 1 && P % 32 == 0;
-    if (in_one_go) configure_tiles(int(part_rows(H)));
+    // Sums want tiles 0 to 2 with as many rows as a group has; products with many heads want all
+    // with 16, those with few leave these three alone.
+    const int low = int(part_rows(H));
+    const bool are_few = on_tiles && part_tiles(H) == 1 && P % 32 == 0;
+    const bool alternates = on_tiles && !are_few && low < TILE;
+    if (are_few) configure_tiles(low);
     for (int64_t s = begin; s < end; s += BLOCK) {
       const int64_t n = std::min(BLOCK, end - s);
       const T* latents = block<T>(t.latents, state.latent, state.latent_stride, L, b, s, n);
       keys.values = latents;
       rope.values = block<T>(t.rope_keys, state.rope_key, state.rope_key_stride, P, b, s, n);
-      // Meanwhile the next block is asked for, half of it with each of the two uses.
+      // Meanwhile the next block is asked for: half of its latents with each of the two uses, on
+      // tiles the first half first, and its shared keys with these.
       const int64_t next = s + BLOCK > rows_.past[b] ? s : s + BLOCK;
       const char* next_latents = reinterpret_cast<const char*>(
           token<T>(state.latent, state.latent_stride, L, b, next));
       const char* next_rope = reinterpret_cast<const char*>(
           token<T>(state.rope_key, state.rope_key_stride, P, b, next));
       const int64_t to_next = next_latents - reinterpret_cast<const char*>(latents);
+      const int64_t to_next_rope = next_rope - static_cast<const char*>(rope.values);
       const int64_t half = BLOCK / 2 * L * int64_t(sizeof(T));
       if constexpr (sizeof(T) == 2)
-        if (in_one_go) {
+        if (are_few) {
           const PartRows products[] = {
               {latents, L, by_latent.parts, {next_latents, half}},
               {static_cast<const T*>(rope.values), P, by_rope.parts,
@@ -606,10 +612,13 @@ class Decoder {
           for (int64_t h = 0; h < H; h++)
             for (int64_t i = 0; i < BLOCK; i++) t.scores[h][i] *= scale;
         }
-      if (on_tiles && !in_one_go) configure_tiles();
-      for (int64_t tile = 0; !in_one_go && tile * TILE < n; tile++) {
-        tile_product(keys, tile, by_latent, t.tile.data(), keys.tile(tile) + to_next, {0, 2});
-        if (P) tile_product(rope, tile, by_rope, t.other_tile.data());
+      if (alternates) configure_tiles();
+      for (int64_t tile = 0; !are_few && tile * TILE < n; tile++) {
+        const void* ahead = keys.tile(tile) + to_next;
+        if (on_tiles) ahead = tile ? nullptr : next_latents;
+        tile_product(keys, tile, by_latent, t.tile.data(), ahead, on_tiles ? Turn{} : Turn{0, 2});
+        if (P)
+          tile_product(rope, tile, by_rope, t.other_tile.data(), rope.tile(tile) + to_next_rope);
         for (int64_t h = 0; h < H; h++)
           for (int64_t i = 0; i < TILE; i++)
             t.scores[h][tile * TILE + i] =
@@ -619,7 +628,7 @@ class Decoder {
         weigh(t.scores[h], n, largest[h], total[h], sources + h * sources_.stride, L);
       if constexpr (sizeof(T) == 2)
         if (on_tiles) {
-          if (!in_one_go) configure_tiles(int(part_rows(H)));
+          if (alternates) configure_tiles(low);
           add_parts(latents, L, t.scores[0], t.scores.stride, H, sources, sources_.stride,
                     {next_latents + half, half}, t.parts[2].data());
           continue;
@@ -627,7 +636,7 @@ class Decoder {
       add_rows(latents, n, L, L, t.scores[0], t.scores.stride, H, sources, sources_.stride,
                to_next, {1, 2});
     }
-    if (on_tiles) configure_tiles();
+    if (on_tiles && low < TILE) configure_tiles();
   }
 
   // A block's scores become weights relative to the largest score so far; what was summed before is

@@ -113,7 +113,7 @@ struct Fp32 {
   }
 };
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if HAS_TILES
 // 32 numbers of each of two rows, taken in turn.
 void interleave(const bf16* first, const bf16* second, bf16* to) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
@@ -250,7 +250,7 @@ void write_rows(const float* block, int64_t channels, int64_t width, int64_t row
     }
 }
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if HAS_TILES
 // The same in bf16; the block has 32 channels, of which `channels` are written.
 void write_rows(const float* block, int64_t channels, int64_t width, int64_t rows, bf16* to,
                 int64_t to_row) {
@@ -804,7 +804,7 @@ void with_types(int x_is_bf16, int w_is_bf16, Run run) {
 
 template <class Run>
 void with_products(int tiled, Run run) {
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if HAS_TILES
   if (tiled && amx_granted()) return run(Tiled{});
 #endif
   (void)tiled;

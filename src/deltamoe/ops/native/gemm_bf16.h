@@ -1,8 +1,7 @@
 // The products of gemm.h with operands rounded to bf16 and sums in fp32, on AMX's tiles.
 //
-// Operands are fp32, or bf16 rows packed before, and are packed on the way: an M x K by K x N
-// product rounds and moves M K + K N numbers, which costs little beside its M N K multiplications.
-// M and N are multiples of 16.
+// Operands are packed first, from fp32 or from rows of bf16: an M x K by K x N product rounds and
+// moves M K + K N numbers. M and N are multiples of 16.
 // Where a machine has no AMX, or the system does not grant it, `amx_granted()` is false.
 #pragma once
 
@@ -85,15 +84,14 @@ static inline size_t packed_size(size_t lines, size_t terms) {
   return lines * ((terms + 31) / 32 * 32);
 }
 
-// A [M, K] to rows of bf16, filled up with zeros; times `sign`.
-static inline void pack_left(int M, int K, Strided a, float sign, bf16* to) {
+// A [M, K] to rows of bf16, filled up with zeros.
+static inline void pack_left(int M, int K, Strided a, bf16* to) {
   const int width = (K + 31) / 32 * 32;
-  const vec by = splat(sign);
   if (a.column == 1) {
     for (int m = 0; m < M; m++)
       for (int k = 0; k < width; k += 32) {
         const float* from = a.p + m * a.row + k;
-        vec low = load(from) * by, high = k + 16 < K ? load(from + 16) * by : vec{};
+        const vec low = load(from), high = k + 16 < K ? load(from + 16) : vec{};
         _mm512_storeu_si512(to + m * width + k,
                             (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
       }
@@ -101,8 +99,7 @@ static inline void pack_left(int M, int K, Strided a, float sign, bf16* to) {
   }
   const auto pairs = [&](int k, int m) {
     const float* from = a.p + k * a.column + m;
-    return bf16_pairs(k < K ? load(from) * by : vec{},
-                      k + 1 < K ? load(from + a.column) * by : vec{});
+    return bf16_pairs(k < K ? load(from) : vec{}, k + 1 < K ? load(from + a.column) : vec{});
   };
   pack_columns(M, width, pairs, to, width);
 }
@@ -141,10 +138,11 @@ static inline void pack_right(int N, int K, const float* b, ptrdiff_t ldb, bf16*
 }
 
 // Two rows of 32 numbers to their place in what stands right of a product, and, times `sign` (1 or
-// -1), to rows as pack_left has them if there are any: past the caches if nothing reads them soon.
+// -1), to rows as pack_left has them, `width` terms apart, if there are any: past the caches if
+// nothing reads them soon.
 template <bool streams>
 static inline void pack_two(vec low, vec high, vec next_low, vec next_high, bf16* right, bf16* row,
-                            bf16* next_row, int sign = 1) {
+                            int width, int sign = 1) {
   const __m512i lows = bf16_both(low, next_low), highs = bf16_both(high, next_high);
   _mm512_storeu_si512(right, in_turn(lows));
   _mm512_storeu_si512(right + 512, in_turn(highs));
@@ -156,7 +154,7 @@ static inline void pack_two(vec low, vec high, vec next_low, vec next_high, bf16
     else _mm512_storeu_si512(to, line);
   };
   keep(row, _mm512_shuffle_i64x2(lows, highs, 0x44));
-  keep(next_row, _mm512_shuffle_i64x2(lows, highs, 0xee));
+  keep(row + width, _mm512_shuffle_i64x2(lows, highs, 0xee));
 }
 
 // Terms [K, N] both ways; K and N are multiples of 32, `rows` may be null.
@@ -167,7 +165,7 @@ static inline void pack_both(int N, int K, const float* b, bf16* to, bf16* rows,
       const float *from = b + k * N + n, *next = from + N;
       bf16* row = rows ? rows + k * N + n : nullptr;
       pack_two<streams>(load(from), load(from + 16), load(next), load(next + 16),
-                        to + k / 32 * 32 * N + n * 32 + k % 32 * 16, row, row + N, sign);
+                        to + k / 32 * 32 * N + n * 32 + k % 32 * 16, row, N, sign);
     }
 }
 
@@ -230,17 +228,13 @@ static inline void block_product(const Terms* products, int count, float* c, ptr
   if (ROWS == 2 && COLUMNS == 2) _tile_stored(3, c + 16 * ldc + 16, c_row);
 }
 
-// C = A B or C += A B with packed operands, over `depth` terms: a multiple of 32. With `scale`, row
-// m of C is first multiplied by scale[m].
+// C = A B or C += A B with packed operands, over `depth` terms: a multiple of 32.
 template <bool adds>
 static inline void gemm_packed(int M, int N, int depth, const bf16* a, int width, const bf16* b,
-                        int columns, float* c, ptrdiff_t ldc, const float* scale = nullptr) {
+                               int columns, float* c, ptrdiff_t ldc) {
   for (int n = 0; n < N; n += 32)
     for (int m = 0; m < M; m += 32) {
       const bool high = m + 16 < M, wide = n + 16 < N;
-      for (int i = m; scale && i < m + (high ? 32 : 16); i++)
-        for (int j = n; j < n + (wide ? 32 : 16); j += LANES)
-          store(c + i * ldc + j, load(c + i * ldc + j) * splat(scale[i]));
       auto block = high ? (wide ? block_product<adds, 2, 2> : block_product<adds, 2, 1>)
                         : (wide ? block_product<adds, 1, 2> : block_product<adds, 1, 1>);
       const Terms terms{depth, a + m * width, width, b + n * 32, columns};
@@ -255,10 +249,10 @@ struct Tiles {
   explicit Tiles(bool) {}
 };
 static inline size_t packed_size(size_t, size_t) { return 0; }
-static inline void pack_left(int, int, Strided, float, bf16*) {}
+static inline void pack_left(int, int, Strided, bf16*) {}
 static inline void pack_right(int, int, const float*, ptrdiff_t, bf16*) {}
 static inline void pack_turned(int, int, const bf16*, bf16*) {}
 template <bool adds>
-static inline void gemm_packed(int, int, int, const bf16*, int, const bf16*, int, float*, ptrdiff_t,
-                        const float* = nullptr) {}
+static inline void gemm_packed(int, int, int, const bf16*, int, const bf16*, int, float*,
+                               ptrdiff_t) {}
 #endif

@@ -1,6 +1,6 @@
-// Kimi Delta Attention: over chunks, in fp32 (kda_exact.h) or, if the values come in bf16 and the
-// machine has AMX, with rounded products (kda_rounded.h); and token by token. Letters and
-// derivation: docs/kda.md.
+// Kimi Delta Attention: over chunks, in fp32 (kda_exact.h) or, if values come in bf16, chunks have
+// 32 tokens or more and the machine has AMX, with rounded products (kda_rounded.h); and token by
+// token. Letters and derivation: docs/kda.md.
 
 #include "kda_exact.h"
 #include "kda_rounded_backward.h"

@@ -17,23 +17,30 @@ struct Saved {
   T *start = nullptr, *delta = nullptr, *q_on_k = nullptr;
   float* system = nullptr;
 
-  static void ask_for(const Problem& p, const Stop& stop) { Saved(p, stop, true); }
-
-  Saved(const Problem& p, const Stop& stop, bool prefetches = false) {
+  Saved(const Problem& p, const Stop& stop) {
     if (!p.starts) return;
     const int64_t index = stop.chunk * p.value_heads + stop.value_head;
     const int64_t K = filled_up(p.key_dim, UNIT), V = filled_up(p.value_dim, UNIT), C = p.chunk;
-    const auto share = [&](auto* all, int64_t numbers) {
-      auto* mine = all + index * numbers;
-      if (prefetches) prefetch(mine, numbers * sizeof *mine);
-      return mine;
-    };
-    start = share(static_cast<T*>(p.starts), K * V);
-    delta = share(static_cast<T*>(p.deltas), C * V);
-    q_on_k = share(static_cast<T*>(p.q_on_k), C * C);
-    system = share(p.system, C * C);
+    start = static_cast<T*>(p.starts) + index * K * V;
+    delta = static_cast<T*>(p.deltas) + index * C * V;
+    q_on_k = static_cast<T*>(p.q_on_k) + index * C * C;
+    system = p.system + index * C * C;
   }
 };
+
+// What backward reads of a stop beside its tokens: asked for a stop ahead.
+template <class T, int UNIT>
+void ask_for_backward(const Problem& p, const Gradients& d, const Stop& stop) {
+  if (!stop.tokens) return;
+  for (int64_t row = 0; row < stop.tokens; row++)
+    prefetch_row(d.out, stop.batch, stop.start + row, stop.value_head, p.value_dim);
+  const Saved<T, UNIT> saved(p, stop);
+  const int64_t K = filled_up(p.key_dim, UNIT), V = filled_up(p.value_dim, UNIT), C = p.chunk;
+  prefetch(saved.start, K * V * sizeof(T));
+  prefetch(saved.delta, C * V * sizeof(T));
+  prefetch(saved.q_on_k, C * C * sizeof(T));
+  prefetch(saved.system, C * C * sizeof(float));
+}
 
 struct Chunk {
   int C, K, V;  // rows and channels, filled up
@@ -123,6 +130,14 @@ struct Chunk {
                       x + first * V, V, solved, V);
       memcpy(x + first * V, solved, sizeof(float) * BLOCK * V);
     }
+  }
+
+  // beta v
+  void stage_written(const Problem& p, const Stop& at, float* to) const {
+    stage_values(p, p.v, at, to);
+    for (int row = 0; row < C; row++)
+      for (int j = row * V; j < (row + 1) * V; j += LANES)
+        store(to + j, load(to + j) * splat(beta[row]));
   }
 
   // Through a row of beta v: to d_v, and returned to beta.

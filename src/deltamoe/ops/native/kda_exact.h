@@ -198,7 +198,6 @@ struct ExactChunk : Chunk {
   }
 };
 
-
 struct ExactForward : ExactChunk {
   float *own_delta, *own_q_on_k, *own_system, *out;
 
@@ -227,14 +226,11 @@ void forward_exactly(const Problem& p, int64_t n, Heads heads) {
     c.begin(stop, BLOCK);
     const int C = c.C;
     c.stage(p, stop, next, 0, C);
-    c.stage_values(p, p.v, stop, delta);
+    c.stage_written(p, stop, delta);
     c.pairs(q_on_k, system);
     if (saved.start && streams) copy_past_caches(M, int64_t(K) * V, saved.start);
     else if (saved.start) memcpy(saved.start, M, sizeof(float) * K * V);
 
-    for (int row = 0; row < C; row++)
-      for (int j = 0; j < V; j += LANES)
-        store(delta + row * V + j, load(delta + row * V + j) * splat(c.beta[row]));
     multiply(C, K, c.k, c.prefix, scaled, c.beta);
     gemm<Into::SUB>(C, V, K, {scaled, K, 1}, M, V, delta, V);
     c.solve(system, delta);
@@ -288,9 +284,7 @@ void backward_exactly(const Problem& p, const Gradients& d, int64_t n, Heads hea
     c.stage(p, stop, next, 0, C);
     c.products_within(C, 0);
     c.stage_values(p, d.out, stop, d_out);
-    for (int64_t row = 0; row < next.tokens; row++)
-      prefetch_row(d.out, next.batch, next.start + row, next.value_head, p.value_dim);
-    if (next.tokens) saved.ask_for(p, next);
+    ask_for_backward<float, BLOCK>(p, d, next);
     float* residual = d_out + C * V;  // its gradient
 
     // What each delta is worth, then each residual (beta v - beta k M).

@@ -217,15 +217,15 @@ struct RoundedChunk : Chunk {
   template <bool streams>
   void advance(float* M, const bf16* a, int depth, const bf16* b, bf16* right, bf16* rows) const {
     alignas(64) float squares[2][SQUARE];
-    const int high = K / STRETCH, count = high * (V / STRETCH);
+    const int squares_down = K / STRETCH, count = squares_down * (V / STRETCH);
     // A tile is long on its way to memory: each square is added while the next one is made.
     for (int i = 0; i <= count; i++) {
       if (i < count) {
-        const int row = i % high * STRETCH, column = i / high * STRETCH;
+        const int row = i % squares_down * STRETCH, column = i / squares_down * STRETCH;
         make_square({depth, a + row * depth, depth, b + column * STRETCH, V}, squares[i % 2]);
       }
       if (i == 0) continue;
-      const int first = (i - 1) % high * STRETCH, column = (i - 1) / high * STRETCH;
+      const int first = (i - 1) % squares_down * STRETCH, column = (i - 1) / squares_down * STRETCH;
       const float* add = squares[(i - 1) % 2];
       for (int row = first; row < first + STRETCH; row += 2, add += 2 * STRETCH) {
         float *here = M + row * V + column, *next = here + V;
@@ -238,7 +238,7 @@ struct RoundedChunk : Chunk {
         store(next, next_low), store(next + LANES, next_high);
         bf16* to = rows ? rows + row * V + column : nullptr;
         pack_two<streams>(low, high, next_low, next_high,
-                          right + first * V + column * STRETCH + (row - first) * LANES, to, to + V);
+                          right + first * V + column * STRETCH + (row - first) * LANES, to, V);
       }
     }
   }

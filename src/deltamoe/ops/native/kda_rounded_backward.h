@@ -17,10 +17,10 @@ struct RoundedBackward : RoundedChunk {
   bf16 *end_rows, *end_turned, *start_turned, *delta_turned, *reads_turned, *asks_turned;
   bf16 *d_readers[LEVELS], *d_wrote[LEVELS];  // left of it: the pairs' gradients, and turned
 
-  // Of a stretch of tokens and channels, before they are joined: what is read of the chunk's start,
-  // then all gradients of queries and of keys that read; what each level's readers get, queries
-  // and keys, and what those who wrote get. Of all tokens and these channels, all gradients of keys
-  // that wrote, then of the decays.
+  // Of a stretch of tokens and channels, before they are joined: what queries and keys get from the
+  // chunk's start, at last all gradients of both; what each level's readers get, queries and keys,
+  // and what those who wrote get. Of all tokens and these channels: what those who wrote get from
+  // the chunk's end, then the decays' gradients.
   float *by_q, *by_k, *by_readers[LEVELS], *by_wrote[LEVELS], *writes;
 
   RoundedBackward(Scratch& s, int C, int K, int V, int64_t heads)
@@ -131,9 +131,9 @@ struct RoundedBackward : RoundedChunk {
         Side side[LEVELS];
         const int count = sides<true>(first / BLOCK, column + j, side);
         for (int s = 0; s < count; s++) {
-          const float* q = by_readers[side[s].level] + (side[s].level < LOWER ? j : here);
+          const float* queries = by_readers[side[s].level] + (side[s].level < LOWER ? j : here);
           const int to_k = side[s].level < LOWER ? BLOCK * STRETCH : SQUARE;
-          parts[s] = {q, q + to_k, side[s].by};
+          parts[s] = {queries, queries + to_k, side[s].by};
         }
         const vec whole = through(0, first / BLOCK, column + j);
         const float* inner[INNER];
@@ -247,9 +247,7 @@ void backward_rounded(const Problem& p, const Gradients& d, int64_t n, Heads hea
     c.stage_stop(p, stop, next);
     const int C = c.C;
     c.stage_values(p, d.out, stop, c.d_out);
-    for (int64_t row = 0; row < next.tokens; row++)
-      prefetch_row(d.out, next.batch, next.start + row, next.value_head, p.value_dim);
-    if (next.tokens) Kept::ask_for(p, next);
+    ask_for_backward<bf16, STRETCH>(p, d, next);
 
     // What each delta is worth, then each residual (beta v - beta k M).
     pack_both<false>(V, C, c.d_out, c.out_and_residual, c.out_rows);

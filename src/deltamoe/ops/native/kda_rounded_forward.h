@@ -37,17 +37,17 @@ struct RoundedForward : RoundedChunk {
   void near_pairs(int first, float* L) {
     vec by_q[NEAR][NEAR] = {}, by_k[NEAR][NEAR] = {};
     for (int j = first * K; j < (first + 1) * K; j += LANES) {
-      vec wrote[NEAR];
+      vec faded[NEAR];
 #pragma GCC unroll 4
       for (int t = 0; t < NEAR; t++) {
         const vec fade = load(decay + j + t * K), query = load(q + j + t * K);
-        wrote[t] = load(k + j + t * K);
-        by_q[t][t] += wrote[t] * query;
+        faded[t] = load(k + j + t * K);
+        by_q[t][t] += faded[t] * query;
 #pragma GCC unroll 4
         for (int s = 0; s < t; s++) {
-          wrote[s] *= fade;
-          by_q[t][s] += wrote[s] * query;
-          by_k[t][s] += wrote[s] * wrote[t];
+          faded[s] *= fade;
+          by_q[t][s] += faded[s] * query;
+          by_k[t][s] += faded[s] * faded[t];
         }
       }
     }
@@ -102,15 +102,12 @@ void forward_rounded(const Problem& p, int64_t n, Heads heads) {
     c.pairs(p, stop, next, system);
     const int C = c.C;
     const bf16 *asks = c.readers[WHOLE], *recalls = asks + C * K;
-    c.stage_values(p, p.v, stop, c.delta);
-    for (int row = 0; row < C; row++)
-      for (int j = 0; j < V; j += LANES)
-        store(c.delta + row * V + j, load(c.delta + row * V + j) * splat(c.beta[row]));
+    c.stage_written(p, stop, c.delta);
     gemm_packed<true>(C, V, K, recalls, K, start, V, c.delta, V);
     c.solve(system, c.delta);
     pack_both<streams>(V, C, c.delta, c.written, kept.delta);
 
-    pack_left(C, C, {c.q_on_k, stride, 1}, 1.f, reads);
+    pack_left(C, C, {c.q_on_k, stride, 1}, reads);
     for (int column = 0; column < V; column += STRETCH)
       for (int row = 0; row < C; row += STRETCH) {
         const int right = column * STRETCH;

@@ -2,7 +2,8 @@
 //
 // Tiles multiply bf16 numbers and sum in fp32. The weights are such numbers; a vector's are cut
 // into three, of 8 bits each, so that every product is as exact as the vector: PARTS columns of the
-// right side stand for one vector, and do not know of those beside them.
+// right side stand for one vector, and do not know of those beside them. Where weights are summed
+// (`add_parts`), they stand right, and PARTS terms for a number.
 #pragma once
 
 #include "gemm_bf16.h"
@@ -28,9 +29,7 @@ struct Ahead {
   int64_t bytes;
 
   Ahead part(int64_t i, int64_t of) const { return {from + bytes / of * i, bytes / of}; }
-  void ask() const {
-    for (int64_t i = 0; i < bytes; i += 64) prefetch(from + i);
-  }
+  void ask() const { prefetch(from, size_t(bytes)); }
 };
 
 // 32 rows of a matrix, and what multiplies them.
@@ -112,7 +111,7 @@ static void multiply_parts(const bf16* w, int64_t columns, const bf16* parts, in
 }
 
 static inline void amx_tile(const bf16* w, int64_t columns, const Vectors& x, float* out,
-                     int64_t to_next, Turn turn) {
+                            int64_t to_next, Turn turn) {
   using Multiply = decltype(&multiply_parts<1>);
   constexpr Multiply BY_WIDTH[] = {multiply_parts<1>, multiply_parts<2>, multiply_parts<3>,
                                    multiply_parts<4>, multiply_parts<5>, multiply_parts<6>};

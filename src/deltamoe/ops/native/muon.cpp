@@ -31,7 +31,7 @@ struct Step {
   int64_t iterations, threads;
 };
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if HAS_TILES
 
 constexpr int64_t TILE = 32;  // rows and columns of a block: two tiles each way
 
@@ -195,7 +195,7 @@ class Workspace {
 EXPORT int muon_is_possible() { return amx_granted(); }
 
 EXPORT void muon_step(const Matrix* matrices, int64_t count, const Step* step) {
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if HAS_TILES
   std::vector<const Matrix*> order;
   int64_t height = 0, width = 0;
   for (int64_t i = 0; i < count; i++) {
