@@ -59,10 +59,10 @@ struct RoundedChunk : Chunk {
   }
 
   int levels() const { return __builtin_ctz(C / NEAR); }
-  static int half_of(int level) { return NEAR << level; }
-  // Of a level's cut, or of a stretch with several: tokens, and of these from queries to keys.
+  static constexpr int half_of(int level) { return NEAR << level; }
+  // Of a level's cut, or of a stretch with several: its tokens, and from readers' queries to keys.
   static int cut_size(int level) { return level < LOWER ? STRETCH : 2 * half_of(level); }
-  static int to_keys(int level) { return cut_size(level) / 2; }  // from their queries
+  static int to_keys(int level) { return cut_size(level) / 2; }
   // A token's number among its level's readers, or among those who wrote.
   static int number(int level, int token) {
     const int half = half_of(level);
@@ -110,14 +110,20 @@ struct RoundedChunk : Chunk {
     for (int j = 0; j < K; j += LANES) store(chunk_decay + j, through(0, C / BLOCK, j));
   }
 
-  // Makes a block's part of all operands, two tokens and 16 channels at a time. Those of products
-  // with the memory, at WHOLE, are rows: [queries, keys times -beta] and [who wrote]. So are the
-  // levels', with as many of each as read or wrote. Where they are `turned`, tokens are the terms
-  // of what stands right of a product: who wrote at its own place (what lies between is left as it
-  // is); for each cut, or each stretch with several, its readers' queries and then their keys.
+  // Where a line of an operand begins, of channels j to j + 15: a row, or, where operands are
+  // `turned`, a term of what stands right of a product.
   template <bool turned>
-  void sweep(int block) {
-    constexpr int SIZES[INNER + 1] = {NEAR, 2 * NEAR, BLOCK};
+  bf16* place(bf16* operand, int line, int j) const {
+    return turned ? operand + line / 32 * 32 * K + j * 32 + line % 32 * LANES
+                  : operand + line * K + j;
+  }
+
+  // Makes a block's part of all readers' operands, two tokens and 16 channels at a time: queries
+  // and then keys, each as many as read, of the chunk's start (WHOLE, keys times -beta) and of the
+  // levels. Where these are `turned`, it is queries and then keys for each cut, or each stretch
+  // with several.
+  template <bool turned>
+  void pack_readers(int block) const {
     const int first = block * BLOCK, width = K, step = turned ? LANES : width;
     const float *queries = q + first * K, *keys = k + first * K, *decays = decay + first * K;
     const float* strengths = beta + first;
@@ -125,25 +131,19 @@ struct RoundedChunk : Chunk {
       bf16 *q, *k;
       vec by;
     };
-    const auto place = [&](bf16* all, int line, int j) {
-      return turned ? all + line / 32 * 32 * width + j * 32 + line % 32 * LANES
-                    : all + line * width + j;
-    };
     for (int j = 0; j < width; j += LANES) {
-      const auto readers_part = [&](int level, vec by) {
+      const auto part = [&](int level, vec by) {
         const int half = turned ? to_keys(level) : C / 2;
         const int line = number(level, first) + (turned ? (first & -cut_size(level)) / 2 : 0);
-        return Part{place(readers[level], line, j), place(readers[level], line + half, j), by};
-      };
-      const auto wrote_part = [&](int level, vec by) {
-        return Part{nullptr, place(wrote[level], turned ? first : number(level, first), j), by};
+        bf16* all = readers[level];
+        return Part{place<turned>(all, line, j), place<turned>(all, line + half, j), by};
       };
       Part inner[INNER], parts[LEVELS];
       Side side[LEVELS];
       vec within[INNER + 1];
-      for (int l = 0; l < INNER; l++) inner[l] = readers_part(l, vec{});
-      int count = sides<true>(block, j, side);
-      for (int s = 0; s < count; s++) parts[s] = readers_part(side[s].level, side[s].by);
+      for (int l = 0; l < INNER; l++) inner[l] = part(l, vec{});
+      const int count = sides<true>(block, j, side);
+      for (int s = 0; s < count; s++) parts[s] = part(side[s].level, side[s].by);
       const vec since = through(0, block, j);
       bf16* asks = readers[WHOLE] + first * width + j;
       bf16* recalls = asks + C * width;
@@ -157,13 +157,13 @@ struct RoundedChunk : Chunk {
         vec here[INNER + 1];
 #pragma GCC unroll 3
         for (int l = 0; l <= INNER; l++) {
-          here[l] = t % SIZES[l] ? within[l] * fade : fade;
+          here[l] = t % half_of(l) ? within[l] * fade : fade;
           within[l] = here[l] * later;
         }
 #pragma GCC unroll 2
         for (int l = 0; l < INNER; l++) {
-          if (t / SIZES[l] % 2 == 0) continue;
-          const int to = (t / (2 * SIZES[l]) * SIZES[l] + t % SIZES[l]) * step;
+          if (t / half_of(l) % 2 == 0) continue;
+          const int to = (t / (2 * half_of(l)) * half_of(l) + t % half_of(l)) * step;
           put_two<turned>(inner[l].q + to, step, q_1 * here[l], q_2 * within[l]);
           put_two<turned>(inner[l].k + to, step, k_1 * here[l], k_2 * within[l]);
         }
@@ -178,10 +178,29 @@ struct RoundedChunk : Chunk {
         // minus, for residuals are what a value differs by
         put_two<false>(recalls + t * width, width, -recalling_1 * since, -recalling_2 * since);
       }
+    }
+  }
 
-      for (int l = 0; l < INNER; l++) inner[l] = wrote_part(l, vec{});
-      count = sides<false>(block, j, side);
-      for (int s = 0; s < count; s++) parts[s] = wrote_part(side[s].level, side[s].by);
+  // The same of those who wrote: to the chunk's end, and before the levels' cuts. Where the levels'
+  // are `turned`, each token has its own place, and what lies between is left as it is.
+  template <bool turned>
+  void pack_wrote(int block) const {
+    const int first = block * BLOCK, width = K, step = turned ? LANES : width;
+    const float *keys = k + first * K, *decays = decay + first * K;
+    struct Part {
+      bf16* to;
+      vec by;
+    };
+    for (int j = 0; j < width; j += LANES) {
+      const auto part = [&](int level, vec by) {
+        return Part{place<turned>(wrote[level], turned ? first : number(level, first), j), by};
+      };
+      Part inner[INNER], parts[LEVELS];
+      Side side[LEVELS];
+      vec within[INNER + 1];
+      for (int l = 0; l < INNER; l++) inner[l] = part(l, vec{});
+      const int count = sides<false>(block, j, side);
+      for (int s = 0; s < count; s++) parts[s] = part(side[s].level, side[s].by);
       const vec until = through(block + 1, C / BLOCK, j);
       bf16* ends = wrote[WHOLE] + first * width + j;
 #pragma GCC unroll 8
@@ -193,19 +212,19 @@ struct RoundedChunk : Chunk {
         vec behind[INNER + 1];
 #pragma GCC unroll 3
         for (int l = 0; l <= INNER; l++) {
-          behind[l] = (t + 2) % SIZES[l] ? within[l] * later : splat(1.f);
+          behind[l] = (t + 2) % half_of(l) ? within[l] * later : splat(1.f);
           within[l] = behind[l] * fade;
         }
 #pragma GCC unroll 2
         for (int l = 0; l < INNER; l++) {
-          if (t / SIZES[l] % 2) continue;
-          const int to = turned ? t : t / (2 * SIZES[l]) * SIZES[l] + t % SIZES[l];
-          put_two<turned>(inner[l].k + to * step, step, k_1 * within[l], k_2 * behind[l]);
+          if (t / half_of(l) % 2) continue;
+          const int line = turned ? t : t / (2 * half_of(l)) * half_of(l) + t % half_of(l);
+          put_two<turned>(inner[l].to + line * step, step, k_1 * within[l], k_2 * behind[l]);
         }
         const vec writing_1 = k_1 * within[INNER], writing_2 = k_2 * behind[INNER];
         for (int s = 0; s < count; s++) {
           const vec by = parts[s].by;
-          put_two<turned>(parts[s].k + t * step, step, writing_1 * by, writing_2 * by);
+          put_two<turned>(parts[s].to + t * step, step, writing_1 * by, writing_2 * by);
         }
         put_two<false>(ends + t * width, width, writing_1 * until, writing_2 * until);
       }

@@ -45,7 +45,10 @@ struct RoundedBackward : RoundedChunk {
   // Lays out a stop's tokens.
   void stage_stop(const Problem& p, const Stop& stop, const Stop& next) {
     stage_blocks(p, stop, next, [](int) {});
-    for (int block = 0; block < C / BLOCK; block++) sweep<true>(block);
+    for (int block = 0; block < C / BLOCK; block++) {
+      pack_readers<true>(block);
+      pack_wrote<true>(block);
+    }
   }
 
   // The pairs' gradients as left operands: for each cut, or each stretch with several, rows for its

@@ -28,7 +28,10 @@ struct RoundedForward : RoundedChunk {
     stage_blocks(p, stop, next, [&](int first) {
       for (int near = 0; near < BLOCK; near += NEAR) near_pairs(first + near, system);
     });
-    for (int block = 0; block < C / BLOCK; block++) sweep<false>(block);
+    for (int block = 0; block < C / BLOCK; block++) {
+      pack_readers<false>(block);
+      pack_wrote<false>(block);
+    }
     for (int level = 0; level < levels(); level++) cross(level, system);
     invert_diagonal(system);
   }
