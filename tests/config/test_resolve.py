@@ -145,6 +145,7 @@ def test_names_that_lead_nowhere(tmp_path):
     assert "no such file" in refusal(str(tmp_path / "a.toml"))
     assert "neither a preset nor a file" in refusal("x" * 10_000)
     assert "neither a preset nor a file" in refusal("a\0b")
+    assert "settings follow one of these" in refusal("train.steps=250")
     (tmp_path / "notes.txt").write_text("")
     assert "ends in .toml or .json" in refusal(str(tmp_path / "notes.txt"))
 

@@ -92,7 +92,9 @@ def _named(name: str, read: Reader) -> tuple[RunConfig, dict[str, str]]:
         return _from_toml(path)
     if os.path.exists(name):
         raise ConfigError(f"{name}: expected a file that ends in .toml or .json, or a folder")
-    if close := difflib.get_close_matches(name[:80], PRESETS, n=1):
+    if "=" in name:
+        hint = "settings follow one of these, as in: nano train.steps=250"
+    elif close := difflib.get_close_matches(name[:80], PRESETS, n=1):
         hint = f"did you mean the preset {close[0]}?"
     else:
         hint = f"the presets are {', '.join(PRESETS)}"
