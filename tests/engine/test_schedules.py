@@ -352,8 +352,11 @@ def test_schedules_in_fp64():
 
 def test_schedules_in_bf16():
     likeness = InBf16()
-    run(likeness, examples=60)
-    assert likeness.num_compared > 150  # about 500
+    for _ in range(5):  # a round compares 50 to 600 tokens, as the margins of its prompts allow
+        run(likeness, examples=60)
+        if likeness.num_compared > 150:
+            break
+    assert likeness.num_compared > 150
 
 
 @pytest.mark.slow
