@@ -13,7 +13,8 @@ SHAPES = [
     (300, 50, 3, 2, 70),
     (1, 33, 4, 1, 17),
     (150, 64, 16, 2, 32),
-    (1500, 30, 2, 1, 300),  # more rows and channels than one task takes at once
+    (1500, 30, 2, 1, 300),  # more rows and hidden channels than one task takes at once
+    (450, 1060, 9, 4, 18),  # more channels, and experts for every thread with rows for two groups
 ]
 KINDS = {  # of x, of the matrices, of the products
     "fp32": (torch.float32, torch.float32, torch.float32),
@@ -92,13 +93,14 @@ def test_answers_and_gradients(shape, kind, is_swiglu):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads_change_nothing(kind):
+@pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
+def test_threads_change_nothing(shape, kind):
     results = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(Case(SHAPES[2], kind).run())
+            results.append(Case(shape, kind).run())
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0][0], results[1][0])

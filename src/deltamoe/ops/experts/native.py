@@ -32,7 +32,7 @@ class _Gradients(ctypes.Structure):
 
     _fields_ = tuple(
         (name, ctypes.c_void_p)
-        for name in ("y", "gates", "ups", "x", "w_gate", "w_up", "w_down", "weights")
+        for name in ("y", "kept", "x", "w_gate", "w_up", "w_down", "weights")
     )
 
 
@@ -45,11 +45,11 @@ def _library() -> ctypes.CDLL:
     library.experts_sort.restype = size
     library.experts_choose.argtypes = [size, size, size, pointer, pointer, size]
     library.experts_choose.restype = None
-    library.experts_kept_bytes.argtypes = [ctypes.POINTER(_Problem), kind]
+    library.experts_kept_bytes.argtypes = [ctypes.POINTER(_Problem), kind, kind]
     library.experts_kept_bytes.restype = size
     library.experts_have_tiles.argtypes = []
     tensors = [ctypes.POINTER(_Problem), kind, kind, kind, *four]
-    library.experts_forward.argtypes = [*tensors, pointer, pointer, pointer]
+    library.experts_forward.argtypes = [*tensors, pointer, pointer]
     library.experts_forward.restype = None
     library.experts_backward.argtypes = [*tensors, ctypes.POINTER(_Gradients)]
     library.experts_backward.restype = None
@@ -141,17 +141,16 @@ class _Experts(torch.autograd.Function):
         wide = None if weights is None else weights.to(torch.float32).contiguous()
         is_tiled = dtype == torch.bfloat16
         problem = _problem(x, w_up, wide, sorting)
-        gates = ups = None
+        kept = None
         if has_gradient and any(ctx.needs_input_grad):
-            size = _library().experts_kept_bytes(problem, is_tiled)
-            ups = torch.empty(size, dtype=torch.uint8)
-            gates = None if w_gate is None else torch.empty(size, dtype=torch.uint8)
+            size = _library().experts_kept_bytes(problem, is_tiled, w_gate is not None)
+            kept = torch.empty(size, dtype=torch.uint8)
         y = torch.empty_like(x)
         tensors = (x, w_gate, w_up, w_down)
         _library().experts_forward(
-            problem, *_kinds(is_tiled, x, w_up), *(address(t) for t in (*tensors, y, gates, ups))
+            problem, *_kinds(is_tiled, x, w_up), *(address(t) for t in (*tensors, y, kept))
         )
-        ctx.save_for_backward(wide, *sorting, *tensors, gates, ups)
+        ctx.save_for_backward(wide, *sorting, *tensors, kept)
         ctx.is_tiled = is_tiled
         ctx.weights_dtype = None if weights is None else weights.dtype
         return y
@@ -159,7 +158,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        wide, counts, assignments, rows, *tensors, gates, ups = ctx.saved_tensors
+        wide, counts, assignments, rows, *tensors, kept = ctx.saved_tensors
         x, w_gate, w_up, w_down = tensors
         needs_x, needs_weights, *needs_matrices = ctx.needs_input_grad[:5]
         d_y = d_y.to(x.dtype).contiguous()
@@ -170,7 +169,7 @@ class _Experts(torch.autograd.Function):
             for w in (w_gate, w_up, w_down)
         )
         gradients = _Gradients(
-            *(address(t) for t in (d_y, gates, ups, d_x, d_gate, d_up, d_down, d_weights))
+            *(address(t) for t in (d_y, kept, d_x, d_gate, d_up, d_down, d_weights))
         )
         problem = _problem(x, w_up, wide, (counts, assignments, rows))
         _library().experts_backward(
