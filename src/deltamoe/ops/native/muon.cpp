@@ -13,7 +13,7 @@
 #include <memory>
 #include <vector>
 
-#include "tiles.h"
+#include "gemm_bf16.h"
 
 namespace {
 
@@ -62,30 +62,30 @@ void to_rows(const float* block, ptrdiff_t row, bf16* to, ptrdiff_t to_row) {
                                                      (__m512)load(block + i * row)));
 }
 
-// The same as 16 pairs of rows, each 32 pairs wide: a right operand's columns.
-void to_pairs(const float* block, ptrdiff_t row, bf16* to) {
+// The same as 32 terms of a right operand's strip of 32 columns: two tiles.
+void to_terms(const float* block, ptrdiff_t row, bf16* to) {
   for (int i = 0; i < TILE; i += 2)
     for (int j = 0; j < TILE; j += 16)
-      _mm512_storeu_si512(to + i * TILE + 2 * j, bf16_pairs(load(block + i * row + j),
-                                                            load(block + (i + 1) * row + j)));
+      _mm512_storeu_si512(to + j * TILE + i * 16, bf16_pairs(load(block + i * row + j),
+                                                             load(block + (i + 1) * row + j)));
 }
 
-// The transpose of a block that is rows of bf16 already, as pairs.
-void to_turned_pairs(const bf16* rows, ptrdiff_t row, bf16* to) {
+// The transpose of a block that is rows of bf16 already, as terms.
+void to_turned_terms(const bf16* rows, ptrdiff_t row, bf16* to) {
   for (int i = 0; i < TILE; i += 16)
     transpose_square(reinterpret_cast<const float*>(rows + i * row), row / 2,
-                     reinterpret_cast<float*>(to) + i, TILE);
+                     reinterpret_cast<float*>(to + i * TILE), 16);
 }
 
 // Everything one thread needs for a matrix of at most `height` by `width`.
 //
-// A right operand [K, N] is cut in strips of 32 columns: [N / 32][K / 2][32 pairs].
+// A right operand [K, N] is cut in strips of 32 columns: [N / 32][K / 32] times two tiles.
 class Workspace {
  public:
   Workspace(int64_t height, int64_t width)
       : u_(height * width), turned_(height * width), gram_(height * height),
-        rows_(height * width), pairs_(height * width), turned_pairs_(height * width),
-        gram_rows_(height * height), gram_pairs_(height * height) {}
+        rows_(height * width), terms_(height * width), turned_terms_(height * width),
+        gram_rows_(height * height), gram_terms_(height * height) {}
 
   void run(const Matrix& matrix, const Step& step) {
     const bool tall = matrix.rows > matrix.columns;
@@ -132,19 +132,19 @@ class Workspace {
     for (int64_t i = 0; i < m_; i += TILE)
       for (int64_t j = 0; j < n_; j += TILE) {
         to_rows(u_ + i * n_ + j, n_, rows_ + i * n_ + j, n_);
-        to_pairs(u_ + i * n_ + j, n_, pairs_ + j * m_ + i * TILE);
-        to_turned_pairs(rows_ + i * n_ + j, n_, turned_pairs_ + i * n_ + j * TILE);
+        to_terms(u_ + i * n_ + j, n_, terms_ + j * m_ + i * TILE);
+        to_turned_terms(rows_ + i * n_ + j, n_, turned_terms_ + i * n_ + j * TILE);
       }
     for (int64_t i = 0; i < m_; i += TILE)
       for (int64_t j = i; j < m_; j += TILE) {
         float* block = gram_ + i * m_ + j;
-        multiply(rows_ + i * n_, n_, turned_pairs_ + j * n_, block, m_);
+        multiply(rows_ + i * n_, n_, turned_terms_ + j * n_, block, m_);
         mirror(block, gram_ + j * m_ + i, i == j);
       }
     for (int64_t i = 0; i < m_; i += TILE)
       for (int64_t j = 0; j < m_; j += TILE) {
         to_rows(gram_ + i * m_ + j, m_, gram_rows_ + i * m_ + j, m_);
-        to_pairs(gram_ + i * m_ + j, m_, gram_pairs_ + j * m_ + i * TILE);
+        to_terms(gram_ + i * m_ + j, m_, gram_terms_ + j * m_ + i * TILE);
       }
     // b gram + c gram^2 takes gram's place.
     alignas(64) float square[TILE * TILE];
@@ -152,7 +152,7 @@ class Workspace {
     for (int64_t i = 0; i < m_; i += TILE)
       for (int64_t j = i; j < m_; j += TILE) {
         float* block = gram_ + i * m_ + j;
-        multiply(gram_rows_ + i * m_, m_, gram_pairs_ + j * m_, square, TILE);
+        multiply(gram_rows_ + i * m_, m_, gram_terms_ + j * m_, square, TILE);
         for (int64_t r = 0; r < TILE; r++)
           for (int64_t s = 0; s < TILE; s += LANES)
             store(block + r * m_ + s, load_wide(gram_rows_ + (i + r) * m_ + j + s) * b +
@@ -164,7 +164,7 @@ class Workspace {
         to_rows(gram_ + i * m_ + j, m_, gram_rows_ + i * m_ + j, m_);
     for (int64_t j = 0; j < n_; j += TILE)
       for (int64_t i = 0; i < m_; i += TILE) {
-        multiply(gram_rows_ + i * m_, m_, pairs_ + j * m_, square, TILE);
+        multiply(gram_rows_ + i * m_, m_, terms_ + j * m_, square, TILE);
         for (int64_t r = 0; r < TILE; r++)
           for (int64_t s = 0; s < TILE; s += LANES) {
             const int64_t at = (i + r) * n_ + j + s;
@@ -176,8 +176,8 @@ class Workspace {
   // block [32, 32] = left [32, depth] right [depth, 32]
   static void multiply(const bf16* left, int64_t depth, const bf16* right, float* block,
                        ptrdiff_t row) {
-    const Stretch all{left, depth, right, depth};
-    amx_block<2, 2>(&all, 1, 2 * TILE, 0, 0, block, row, false);
+    const Terms all{int(depth), left, int(depth), right, TILE};
+    block_product<false, 2, 2>(&all, 1, block, row);
   }
 
   void mirror(const float* block, float* to, bool is_diagonal) const {
@@ -185,7 +185,7 @@ class Workspace {
   }
 
   Buffer<float> u_, turned_, gram_;
-  Buffer<bf16> rows_, pairs_, turned_pairs_, gram_rows_, gram_pairs_;
+  Buffer<bf16> rows_, terms_, turned_terms_, gram_rows_, gram_terms_;
   int64_t m_ = 0, n_ = 0;
 };
 #endif
