@@ -2,17 +2,14 @@
 #pragma once
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
+#include "buffer.h"
 #include "vector.h"
 
 namespace {
-
-int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 struct Problem {
   int64_t tokens, choices, experts, dim, hidden;
@@ -28,17 +25,6 @@ struct Gradients {
   const void *y, *kept;  // given; the second as forward kept it
   void *x, *w_gate, *w_up, *w_down;
   float* weights;  // [tokens * choices], zero where dropped; null if not wanted
-};
-
-template <class T>
-class Buffer {  // uninitialised, aligned
- public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(aligned_alloc(64, up_to(size * sizeof(T) + 64, 64))), &free) {}
-  operator T*() const { return data_.get(); }
-
- private:
-  std::unique_ptr<T, void (*)(void*)> data_;
 };
 
 int64_t token_of(const Problem& p, int64_t row) {

@@ -12,75 +12,16 @@
 #pragma once
 
 #include "experts_problem.h"
-#include "gemm_bf16.h"
+#include "slices.h"
 
 #if HAS_TILES
 
 namespace {
 
-constexpr int64_t UNIT = 16, SLICE = 32;
 constexpr int64_t MOST_ROWS = 512;              // of a group
 constexpr int64_t MOST_NUMBERS = 1 << 18;       // of its tokens: they stay in the second-level cache
 constexpr int64_t WIDTH = 320, TILES = 16;      // of a weight's gradient, made by one task
 constexpr int64_t AHEAD = 8;                    // rows
-
-// A row's place among others: an odd number of the cache's lines, which so use all its sets.
-int64_t odd_row(int64_t width) { return up_to(width, SLICE) | SLICE; }
-
-__mmask32 first(int64_t count) {
-  return count >= 32 ? ~__mmask32(0) : count <= 0 ? 0 : (__mmask32(1) << count) - 1;
-}
-
-// Up to 32 numbers, rounded, and zeros.
-__m512i line(const bf16* from, int64_t count) {
-  return _mm512_maskz_loadu_epi16(first(count), from);
-}
-__m512i line(const float* from, int64_t count) {
-  const __mmask32 mask = first(count);
-  return bf16_both((vec)_mm512_maskz_loadu_ps(__mmask16(mask), from),
-                   (vec)_mm512_maskz_loadu_ps(__mmask16(mask >> 16), from + 16));
-}
-__m512i line(const float* both) { return bf16_both(load(both), load(both + UNIT)); }
-
-// Two terms of 32 columns to their place in two neighbouring tiles.
-void pair_up(__m512i term, __m512i next, bf16* to) {
-  _mm512_storeu_si512(to, in_turn(_mm512_shuffle_i64x2(term, next, 0x44)));
-  _mm512_storeu_si512(to + 512, in_turn(_mm512_shuffle_i64x2(term, next, 0xee)));
-}
-
-// Half a step of a slice: 16 terms, which are rows of `from`, or as many as there are.
-template <class W>
-void pack_terms(const W* from, int64_t row, int64_t terms, int64_t columns, bf16* to) {
-  const auto term = [&](int64_t k) {
-    return k < terms ? line(from + k * row, columns) : _mm512_setzero_si512();
-  };
-  for (int64_t k = 0; k < UNIT; k += 2, to += 32) pair_up(term(k), term(k + 1), to);
-}
-
-// Half a slice: 16 columns, which are rows of `from`, or as many as there are.
-template <class W>
-void pack_lines(const W* from, int64_t row, int64_t columns, int64_t terms, bf16* to) {
-  alignas(64) float square[16 * 16];  // of pairs
-  for (int64_t k = 0; k < terms; k += 32, to += 1024) {
-    for (int64_t n = 0; n < UNIT; n++)
-      _mm512_store_si512(square + 16 * n, n < columns ? line(from + n * row + k, terms - k)
-                                                      : _mm512_setzero_si512());
-    transpose_square(square, 16, reinterpret_cast<float*>(to), 16);
-  }
-}
-
-// All rows times a slice; give(row, block) gets each row's 32 numbers.
-template <class Give>
-void times_slice(int64_t rows, const bf16* left, int64_t width, const bf16* slice, int64_t depth,
-              int64_t columns, Give give) {
-  alignas(64) float block[SLICE * SLICE];
-  for (int64_t m = 0; m < rows; m += SLICE) {
-    const int64_t here = rows - m < SLICE ? rows - m : SLICE;
-    gemm_packed<false>(int(up_to(here, UNIT)), columns > UNIT ? 32 : 16, int(up_to(depth, 32)),
-                       left + m * width, int(width), slice, SLICE, block, SLICE);
-    for (int64_t r = 0; r < here; r++) give(m + r, block + r * SLICE);
-  }
-}
 
 struct Group {
   int64_t expert, first, rows;
@@ -401,9 +342,10 @@ class RoundedBackward {
             sum(load(room.shares + r * LANES));
     if (d_.x) answer(g, room);
     if (d_.w_up) {
-      turn(g, work_.span, room.d_units, span_row, turned_ + g.offset * work_.span);
-      turn(g, tiles_() * UNIT, room.hiddens, hidden_row,
-           turned_hiddens_ + g.offset * tiles_() * UNIT);
+      const int64_t row = odd_row(g.rows), channels = tiles_() * UNIT;
+      turn_rows(g.rows, work_.span, room.d_units, span_row, turned_ + g.offset * work_.span, row);
+      turn_rows(g.rows, channels, room.hiddens, hidden_row, turned_hiddens_ + g.offset * channels,
+                row);
     }
   }
 
@@ -448,18 +390,6 @@ class RoundedBackward {
     give_rows(work_, g, room.d_y, 0, dim, d_rows_);
   }
 
-  // Rows as columns [channels, odd_row(rows)], filled up with zeros.
-  static void turn(const Group& g, int64_t channels, const bf16* rows, int64_t row, bf16* to) {
-    const auto half = [&](int64_t r, int64_t m) {
-      return r < g.rows ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + r * row + m))
-                        : _mm256_setzero_si256();
-    };
-    const auto pairs = [&](int r, int m) {
-      return in_turn(_mm512_inserti64x4(_mm512_castsi256_si512(half(r, m)), half(r + 1, m), 1));
-    };
-    pack_columns(int(channels), int(up_to(g.rows, 32)), pairs, to, int(odd_row(g.rows)));
-  }
-
   // Columns [begin, begin + columns) of one expert's gradients, for TILES hidden units from `tile`.
   void sum_weights(int64_t expert, int64_t begin, int64_t columns, int64_t tile, Room& room) const {
     const int64_t dim = p_.dim, hidden = p_.hidden;
@@ -472,7 +402,8 @@ class RoundedBackward {
       if (groups_of_[expert] == groups_of_[expert + 1]) memset(sums, 0, count * SUM_ROW * 4);
       for (int64_t n = groups_of_[expert]; n < groups_of_[expert + 1]; n++) {
         const Group& g = work_.groups[n];
-        gather_pairs(x, g, begin, wide, room.right);
+        const auto token = [&](int64_t r) { return x + token_of(p_, g.first + r) * dim + begin; };
+        pair_rows(g.rows, columns, wide, token, room.right);
         auto run = g.before ? gemm_packed<true> : gemm_packed<false>;
         const int64_t row = odd_row(g.rows);
         run(int(count), int(wide), int(up_to(g.rows, 32)),
@@ -499,21 +430,6 @@ class RoundedBackward {
                            static_cast<W*>(d_.w_down) + (expert * dim + begin + c + i) * hidden + f);
       }
     finish_stores_past_caches();
-  }
-
-  // A group's rows of x as terms of `wide` columns from `begin`.
-  void gather_pairs(const X* x, const Group& g, int64_t begin, int64_t wide, bf16* to) const {
-    const auto row = [&](int64_t r) { return x + token_of(p_, g.first + r) * p_.dim + begin; };
-    for (int64_t r = 0; r < up_to(g.rows, 32); r += 2) {
-      const X *term = r < g.rows ? row(r) : nullptr, *next = r + 1 < g.rows ? row(r + 1) : nullptr;
-      for (int64_t i = r + AHEAD; i < r + AHEAD + 2 && i < g.rows; i++)
-        prefetch(row(i), wide * sizeof(X));
-      for (int64_t c = 0; c < wide; c += 32) {
-        const int64_t count = p_.dim - begin - c;
-        pair_up(line(term + c, term ? count : 0), line(next + c, next ? count : 0),
-                to + r / 32 * 32 * wide + c * 32 + r % 32 * 16);
-      }
-    }
   }
 
   const RoundedWork work_;

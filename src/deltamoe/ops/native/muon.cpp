@@ -9,10 +9,9 @@
 // One task is one matrix, so the number of threads changes nothing.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
+#include "buffer.h"
 #include "gemm_bf16.h"
 
 namespace {
@@ -35,24 +34,13 @@ struct Step {
 
 constexpr int64_t TILE = 32;  // rows and columns of a block: two tiles each way
 
-int64_t rounded(int64_t n) { return (n + TILE - 1) / TILE * TILE; }
+int64_t rounded(int64_t n) { return up_to(n, TILE); }
 
 // As torch.lerp computes it.
 inline float lerp(float start, float end, float weight) {
   return weight < 0.5f ? std::fma(weight, end - start, start)
                        : std::fma(weight - 1.f, end - start, end);
 }
-
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(aligned_alloc(64, (size * sizeof(T) + 127) / 64 * 64)), &free) {}
-  operator T*() const { return data_.get(); }
-
- private:
-  std::unique_ptr<T, void (*)(void*)> data_;
-};
 
 // A block [32, 32] of fp32 as rows of bf16.
 void to_rows(const float* block, ptrdiff_t row, bf16* to, ptrdiff_t to_row) {
