@@ -48,9 +48,10 @@ def check(tensors, K: int, **options) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("time", [1, 17, 97, 550])  # 550: several blocks of queries and of keys
-def test_rows(sizes, time: int) -> None:
-    check(inputs(2, time, sizes), sizes[1])
+@pytest.mark.parametrize("time", [1, 17, 97, 550, 1060])  # the last: of more than one task a head
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows(sizes, time: int, dtype: torch.dtype) -> None:
+    check(inputs(2, time, sizes, dtype), sizes[1])
 
 
 @pytest.mark.parametrize("lengths", [(9,), (0, 8, 1, 0), (300, 1, 48, 49, 257)])
@@ -77,23 +78,26 @@ def test_channels_that_do_not_touch() -> None:
     )
 
 
-def test_large_scores() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_scores(dtype: torch.dtype) -> None:
     """Scores of a thousand and more: one key wins, nothing overflows."""
-    tensors = [100 * t for t in inputs(1, 300, SIZES[2])]
+    tensors = [100 * t for t in inputs(1, 300, SIZES[2], dtype)]
     got, expected = (run(m, *tensors, SIZES[2][1]) for m in (native, reference))
     # exp of a difference of scores of 1e5, which fp32 knows to 1e-2
     torch.testing.assert_close(got, expected, rtol=0.1, atol=1.0)
 
 
-def test_nan_reaches_those_who_see_it() -> None:
-    queries, keys_values, k_shared = inputs(1, 60, SIZES[0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_reaches_those_who_see_it(dtype: torch.dtype) -> None:
+    queries, keys_values, k_shared = inputs(1, 60, SIZES[0], dtype)
     keys_values[0, 30] = torch.nan
     out = run(native, queries, keys_values, k_shared, SIZES[0][1])
     assert out[:, 30:].isnan().all()
 
 
-def test_the_number_of_threads_changes_nothing() -> None:
-    tensors = inputs(2, 550, SIZES[0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_nothing(dtype: torch.dtype) -> None:
+    tensors = inputs(2, 550, SIZES[0], dtype)
     results, before = [], torch.get_num_threads()
     try:
         for number in (1, 2):

@@ -13,25 +13,25 @@ namespace {
 constexpr int64_t UNIT = 16, SLICE = 32;
 
 // A row's place among others: an odd number of the cache's lines, which so use all its sets.
-int64_t odd_row(int64_t width) { return up_to(width, SLICE) | SLICE; }
+inline int64_t odd_row(int64_t width) { return up_to(width, SLICE) | SLICE; }
 
-__mmask32 first(int64_t count) {
+inline __mmask32 first(int64_t count) {
   return count >= 32 ? ~__mmask32(0) : count <= 0 ? 0 : (__mmask32(1) << count) - 1;
 }
 
 // Up to 32 numbers, rounded, and zeros.
-__m512i line(const bf16* from, int64_t count) {
+inline __m512i line(const bf16* from, int64_t count) {
   return _mm512_maskz_loadu_epi16(first(count), from);
 }
-__m512i line(const float* from, int64_t count) {
+inline __m512i line(const float* from, int64_t count) {
   const __mmask32 mask = first(count);
   return bf16_both((vec)_mm512_maskz_loadu_ps(__mmask16(mask), from),
                    (vec)_mm512_maskz_loadu_ps(__mmask16(mask >> 16), from + 16));
 }
-__m512i line(const float* both) { return bf16_both(load(both), load(both + UNIT)); }
+inline __m512i line(const float* both) { return bf16_both(load(both), load(both + UNIT)); }
 
 // Two terms of 32 columns to their place in two neighbouring tiles.
-void pair_up(__m512i term, __m512i next, bf16* to) {
+inline void pair_up(__m512i term, __m512i next, bf16* to) {
   _mm512_storeu_si512(to, in_turn(_mm512_shuffle_i64x2(term, next, 0x44)));
   _mm512_storeu_si512(to + 512, in_turn(_mm512_shuffle_i64x2(term, next, 0xee)));
 }
@@ -88,7 +88,7 @@ void pair_rows(int64_t rows, int64_t columns, int64_t wide, Row row, bf16* to) {
 
 // Rows as the columns of a product's left side: to[channel * to_row + r], with zeros for channels
 // up to a multiple of 16 and rows up to one of 32.
-void turn_rows(int64_t rows, int64_t channels, const bf16* from, int64_t row, bf16* to,
+inline void turn_rows(int64_t rows, int64_t channels, const bf16* from, int64_t row, bf16* to,
                int64_t to_row) {
   const auto half = [&](int64_t r, int64_t m) {
     return _mm256_maskz_loadu_epi16(r < rows ? __mmask16(first(channels - m)) : 0,
