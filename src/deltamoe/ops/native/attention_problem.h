@@ -78,8 +78,8 @@ void fetch(const Part& a, const Part& b, int64_t first, int64_t count, int64_t h
 }
 
 template <class X>
-void give_back(const Part& a, const Part& b, int64_t first, int64_t count, int64_t head, float scale,
-               const float* from, int64_t width) {
+void give_back(const Part& a, const Part& b, int64_t first, int64_t count, int64_t head,
+               float scale, const float* from, int64_t width) {
   for (int64_t r = 0; r < count; r++, from += width) {
     narrow(from, a.size, scale, a.at<X>(first + r, head));
     narrow(from + a.size, b.size, scale, b.at<X>(first + r, head));

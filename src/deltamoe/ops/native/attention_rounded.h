@@ -13,10 +13,10 @@
 
 namespace {
 
-constexpr int64_t QUERIES = 32;       // a block's: two vectors
-constexpr int64_t KEYS = 128;         // whose scores for a block of queries stay in the first cache
-constexpr int64_t AT_ONCE = 1024;     // queries of a task
-constexpr int64_t TOGETHER = KEYS;    // queries between two changes of the keys' gradients
+constexpr int64_t QUERIES = 32;     // a block's: two vectors
+constexpr int64_t KEYS = 128;       // whose scores for a block of queries stay in the first cache
+constexpr int64_t AT_ONCE = 1024;   // queries of a task
+constexpr int64_t TOGETHER = KEYS;  // queries between two changes of the keys' gradients
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 
@@ -78,6 +78,53 @@ float dot(const bf16* a, const bf16* b, int64_t size) {
 
 // ── forward ──────────────────────────────────────────────────────────────────────────────────────
 
+// What a block's queries have seen so far: the largest score and the sum of powers of two.
+struct Seen {
+  // Scores [keys, QUERIES] become weights, a slice of terms. Returned is what sums of what was
+  // weighed before are to be multiplied by.
+  struct Shrink {
+    vec by[2];
+  };
+  Shrink take(const float* scores, int64_t keys, vec scale, bf16* weights) {
+    // A NaN may be passed over here: it is found again below.
+    vec largest[4];  // of even and odd keys, lest each waits for the one before
+    for (int64_t i = 0; i < 4; i++) largest[i] = load(scores + i * LANES);
+    for (int64_t r = 2; r < keys; r += 2)
+      for (int64_t i = 0; i < 4; i++)
+        largest[i] = larger(load(scores + r * QUERIES + i * LANES), largest[i]);
+    Shrink shrink;
+    for (int64_t i = 0; i < 2; i++) {
+      const vec before = top[i];
+      top[i] = larger(larger(largest[i], largest[i + 2]) * scale, before);
+      shrink.by[i] = exp2_of(before - top[i]);
+      total[i] *= shrink.by[i];
+    }
+    for (int64_t r = 0; r < keys; r += 2) {
+      __m512i lines[2];
+      for (int64_t side = 0; side < 2; side++) {
+        const float* row = scores + (r + side) * QUERIES;
+        const vec low = exp2_of(load(row) * scale - top[0]);
+        const vec high = exp2_of(load(row + LANES) * scale - top[1]);
+        total[0] += low, total[1] += high;
+        lines[side] = bf16_both(low, high);
+      }
+      pair_up(lines[0], lines[1], weights + r / 32 * 1024 + r % 32 * 16);
+    }
+    return shrink;
+  }
+
+  vec top[2] = {splat(-INF), splat(-INF)}, total[2] = {};
+};
+
+// sums [size, QUERIES]
+inline void scale_columns(int64_t size, const vec* by, float* sums) {
+  for (int64_t c = 0; c < size; c++)
+    for (int64_t i = 0; i < 2; i++) {
+      float* sum = sums + c * QUERIES + i * LANES;
+      store(sum, load(sum) * by[i]);
+    }
+}
+
 void forward_rounded(const Inputs& in, const Part& out, float* log_sums) {
   const std::vector<Task> tasks = tasks_of(in, AT_ONCE);
   const int64_t width = up_to(in.q.size + in.q_shared.size, 32), v_width = up_to(in.v.size, 32);
@@ -103,55 +150,27 @@ void forward_rounded(const Inputs& in, const Part& out, float* log_sums) {
         const int64_t count = std::min(QUERIES, task.end - q0);
         gather(in.q, in.q_shared, task.first + q0, count, task.head, q, width);
         pack_queries(q, width, asks);
-        vec top[2] = {splat(-INF), splat(-INF)}, total[2] = {};
+        Seen seen;
         for (int64_t k0 = 0; k0 < q0 + count; k0 += KEYS) {
           const int64_t here = std::min(KEYS, up_to(q0 + count - k0, 32));
           gemm_packed<false>(int(here), QUERIES, int(width), keys + k0 * width, int(width), asks,
                              QUERIES, scores, QUERIES);
           for (int64_t r = 0; r < here; r += 32)
             if (k0 + r + 31 > q0) hide_later(k0 + r, q0, scores + r * QUERIES);
-          // A NaN may be passed over here: it is found again below.
-          vec largest[4];  // of even and odd keys, lest each waits for the one before
-          for (int64_t i = 0; i < 4; i++) largest[i] = load(scores + i * LANES);
-          for (int64_t r = 2; r < here; r += 2)
-            for (int64_t i = 0; i < 4; i++)
-              largest[i] = larger(load(scores + r * QUERIES + i * LANES), largest[i]);
-          vec shrink[2];
-          for (int64_t i = 0; i < 2; i++) {
-            const vec before = top[i];
-            top[i] = larger(larger(largest[i], largest[i + 2]) * scale, before);
-            shrink[i] = exp2_of(before - top[i]);
-            total[i] *= shrink[i];
-          }
-          if (k0)
-            for (int64_t c = 0; c < v_width * QUERIES; c += QUERIES) {
-              store(sums + c, load(sums + c) * shrink[0]);
-              store(sums + c + LANES, load(sums + c + LANES) * shrink[1]);
-            }
-          for (int64_t r = 0; r < here; r += 2) {
-            __m512i lines[2];
-            for (int64_t side = 0; side < 2; side++) {
-              const float* row = scores + (r + side) * QUERIES;
-              const vec low = exp2_of(load(row) * scale - top[0]);
-              const vec high = exp2_of(load(row + LANES) * scale - top[1]);
-              total[0] += low, total[1] += high;
-              lines[side] = bf16_both(low, high);
-            }
-            pair_up(lines[0], lines[1], weights + r / 32 * 1024 + r % 32 * 16);
-          }
+          const Seen::Shrink shrink = seen.take(scores, here, scale, weights);
+          if (k0) scale_columns(v_width, shrink.by, sums);
           auto run = k0 ? gemm_packed<true> : gemm_packed<false>;
           run(int(v_width), QUERIES, int(here), values + k0, int(sources), weights, QUERIES, sums,
               QUERIES);
         }
         float largest[QUERIES], totals[QUERIES];
+        vec parts[2];
         for (int64_t i = 0; i < 2; i++) {
-          store(largest + i * LANES, top[i]);
-          store(totals + i * LANES, total[i]);
-          for (int64_t c = 0; c < v_width; c++) {
-            float* sum = sums + c * QUERIES + i * LANES;
-            store(sum, load(sum) / total[i]);
-          }
+          store(largest + i * LANES, seen.top[i]);
+          store(totals + i * LANES, seen.total[i]);
+          parts[i] = splat(1.f) / seen.total[i];
         }
+        scale_columns(v_width, parts, sums);
         for (int64_t r = 0; r < count; r++)
           log_sums[(task.first + q0 + r) * in.heads + task.head] =
               largest[r] * LN_2 + std::log(totals[r]);
@@ -163,6 +182,27 @@ void forward_rounded(const Inputs& in, const Part& out, float* log_sums) {
 }
 
 // ── backward ─────────────────────────────────────────────────────────────────────────────────────
+
+// Of 32 keys and a block of queries: scores and d, the weights' gradients, both [32, QUERIES],
+// become weights and the scores' gradients, both rows of TOGETHER; the latter as terms, too.
+inline void weigh(const float* scores, const float* d, vec scale, const float* shift,
+                  const float* mean, bf16* weights, bf16* to_scores, bf16* terms) {
+  const vec shifts[2] = {load(shift), load(shift + LANES)};
+  const vec means[2] = {load(mean), load(mean + LANES)};
+  for (int64_t r = 0; r < 32; r += 2) {
+    __m512i lines[2];
+    for (int64_t side = 0; side < 2; side++) {
+      const int64_t at = (r + side) * QUERIES;
+      const vec low = exp2_of(load(scores + at) * scale - shifts[0]);
+      const vec high = exp2_of(load(scores + at + LANES) * scale - shifts[1]);
+      lines[side] = bf16_both(low * (load(d + at) - means[0]),
+                              high * (load(d + at + LANES) - means[1]));
+      _mm512_storeu_si512(weights + (r + side) * TOGETHER, bf16_both(low, high));
+      _mm512_storeu_si512(to_scores + (r + side) * TOGETHER, lines[side]);
+    }
+    pair_up(lines[0], lines[1], terms + r * 16);
+  }
+}
 
 // The shared keys' gradient is written head by head; d_k_shared.head says where.
 void backward_rounded(const Inputs& in, const Part& out, const float* log_sums, const Part& d_out,
@@ -202,10 +242,10 @@ void backward_rounded(const Inputs& in, const Part& out, const float* log_sums, 
         gather(in.q, in.q_shared, here, count, task.head, q, width);
         gather(d_out, in.none(), here, count, task.head, wanted, v_width);
         for (int64_t r = 0; r < depth; r++) {
-          shift[r] = r < count ? log_sums[(here + r) * in.heads + task.head] * LOG2_E : INF;
-          mean[r] = 0.f;
-          if (r >= count) continue;
-          mean[r] = dot(out.at<bf16>(here + r, task.head), wanted + r * v_width, in.v.size);
+          const bool is_one = r < count;
+          shift[r] = is_one ? log_sums[(here + r) * in.heads + task.head] * LOG2_E : INF;
+          mean[r] = is_one ? dot(out.at<bf16>(here + r, task.head), wanted + r * v_width, in.v.size)
+                           : 0.f;
         }
         for (int64_t h = 0; h < blocks; h++) {
           pack_queries(q + h * QUERIES * width, width, asks + h * QUERIES * width);
@@ -218,29 +258,14 @@ void backward_rounded(const Inputs& in, const Part& out, const float* log_sums, 
           for (int64_t k = k0; k < k0 + some; k += 32) {
             const int64_t first_block = k > q0 ? (k - q0) / QUERIES : 0;  // to see these keys
             for (int64_t h = first_block; h < blocks; h++) {
-              const int64_t first = q0 + h * QUERIES;
-              bf16 *weight = weights + h * QUERIES, *to_score = to_scores + h * QUERIES;
+              const int64_t at = h * QUERIES;
               gemm_packed<false>(32, QUERIES, int(width), keys + k * width, int(width),
-                                 asks + h * QUERIES * width, QUERIES, scores, QUERIES);
+                                 asks + at * width, QUERIES, scores, QUERIES);
               gemm_packed<false>(32, QUERIES, int(v_width), values + k * v_width, int(v_width),
-                                 wants + h * QUERIES * v_width, QUERIES, d, QUERIES);
-              if (k + 31 > first) hide_later(k, first, scores);
-              const vec shifts[2] = {load(shift + h * QUERIES), load(shift + h * QUERIES + LANES)};
-              const vec means[2] = {load(mean + h * QUERIES), load(mean + h * QUERIES + LANES)};
-              bf16* to = terms + h * KEYS * QUERIES + (k - k0) / 32 * 1024;
-              for (int64_t r = 0; r < 32; r += 2) {
-                __m512i lines[2];
-                for (int64_t side = 0; side < 2; side++) {
-                  const int64_t at = (r + side) * QUERIES;
-                  const vec low = exp2_of(load(scores + at) * scale - shifts[0]);
-                  const vec high = exp2_of(load(scores + at + LANES) * scale - shifts[1]);
-                  lines[side] = bf16_both(low * (load(d + at) - means[0]),
-                                          high * (load(d + at + LANES) - means[1]));
-                  _mm512_storeu_si512(weight + (r + side) * TOGETHER, bf16_both(low, high));
-                  _mm512_storeu_si512(to_score + (r + side) * TOGETHER, lines[side]);
-                }
-                pair_up(lines[0], lines[1], to + r * 16);
-              }
+                                 wants + at * v_width, QUERIES, d, QUERIES);
+              if (k + 31 > q0 + at) hide_later(k, q0 + at, scores);
+              weigh(scores, d, scale, shift + at, mean + at, weights + at, to_scores + at,
+                    terms + at * KEYS + (k - k0) * QUERIES);
             }
             const int64_t from = first_block * QUERIES;
             gemm_packed<true>(32, int(v_width), int(depth - from), weights + from, TOGETHER,

@@ -18,10 +18,10 @@
 
 namespace {
 
-constexpr int64_t MOST_ROWS = 512;              // of a group
-constexpr int64_t MOST_NUMBERS = 1 << 18;       // of its tokens: they stay in the second-level cache
-constexpr int64_t WIDTH = 320, TILES = 16;      // of a weight's gradient, made by one task
-constexpr int64_t AHEAD = 8;                    // rows
+constexpr int64_t MOST_ROWS = 512;         // of a group
+constexpr int64_t MOST_NUMBERS = 1 << 18;  // of its tokens: they stay in the second-level cache
+constexpr int64_t WIDTH = 320;             // columns of a weight's gradient, made by one task
+constexpr int64_t TILES = 16;              // its units of hidden channels
 
 struct Group {
   int64_t expert, first, rows;
@@ -34,7 +34,6 @@ class RoundedWork {
  public:
   RoundedWork(const Problem& p, bool is_gated, int64_t most)
       : p(p),
-        is_gated(is_gated),
         slices((p.hidden + (is_gated ? UNIT : SLICE) - 1) / (is_gated ? UNIT : SLICE)),
         span(slices * SLICE),
         token_row(odd_row(p.dim)),
@@ -66,7 +65,6 @@ class RoundedWork {
   }
 
   const Problem& p;
-  const bool is_gated;
   const int64_t slices, span, token_row, hidden_row, span_row;
   std::vector<Group> groups;
   int64_t places;
@@ -74,7 +72,9 @@ class RoundedWork {
 
 // A group's rows [begin, end) of x, filled up with zeros.
 template <class X>
-void gather(const RoundedWork& work, const X* x, const Group& g, int64_t begin, int64_t end, bf16* to) {
+void gather(const RoundedWork& work, const X* x, const Group& g, int64_t begin, int64_t end,
+            bf16* to) {
+  constexpr int64_t AHEAD = 8;
   const Problem& p = work.p;
   for (int64_t r = begin; r < end; r++) {
     if (r + AHEAD < g.rows)
@@ -106,21 +106,24 @@ void give_rows(const RoundedWork& work, const Group& g, const bf16* from, int64_
 template <class X, class W>
 class RoundedForward {
  public:
-  RoundedForward(const Problem& p, const X* x, const W* w_gate, const W* w_up, const W* w_down, X* y,
-          bf16* kept)
+  RoundedForward(const Problem& p, const X* x, const W* w_gate, const W* w_up, const W* w_down,
+                 bf16* kept)
       : work_(p, w_gate, RoundedWork::most_rows(p)),
-        p_(p), x_(x), w_gate_(w_gate), w_up_(w_up), w_down_(w_down), kept_(kept),
-        room_(writes_directly<bf16, X>(p) ? 0 : p.routed * p.dim),
-        answers_(writes_directly<bf16, X>(p) ? reinterpret_cast<bf16*>(y) : room_) {
-    const int64_t groups = int64_t(work_.groups.size());
-    if (groups < 4 * p.threads) run_in_parts(groups ? (4 * p.threads + groups - 1) / groups : 1);
-    else run();
-    if (answers_ == room_) combine(p, static_cast<bf16*>(room_), true, y);
+        p_(p), x_(x), w_gate_(w_gate), w_up_(w_up), w_down_(w_down), kept_(kept) {}
+
+  void run(X* y) {
+    const bool is_direct = writes_directly<bf16, X>(p_);
+    Buffer<bf16> room(is_direct ? 0 : p_.routed * p_.dim);
+    answers_ = is_direct ? reinterpret_cast<bf16*>(y) : room;
+    const int64_t groups = int64_t(work_.groups.size()), tasks = 4 * p_.threads;
+    if (groups < tasks) run_in_parts(groups ? (tasks + groups - 1) / groups : 1);
+    else run_whole();
+    if (!is_direct) combine(p_, static_cast<bf16*>(room), true, y);
   }
 
  private:
   // Each group from its tokens to its answers.
-  void run() {
+  void run_whole() {
 #pragma omp parallel num_threads(p_.threads) if (p_.threads > 1)
     {
       const Tiles tiles(true);
@@ -209,9 +212,9 @@ class RoundedForward {
       pack_lines(w, hidden, dim - d, hidden, slice);
       pack_lines(w + UNIT * hidden, hidden, dim - d - UNIT, hidden, slice + 512);
       times_slice(g.rows, between, work_.hidden_row, slice, hidden, dim - d,
-               [&](int64_t r, const float* block) {
-                 _mm512_storeu_si512(rows + r * work_.token_row + d, line(block));
-               });
+                  [&](int64_t r, const float* block) {
+                    _mm512_storeu_si512(rows + r * work_.token_row + d, line(block));
+                  });
     }
     give_rows(work_, g, rows, begin, end, answers_);
   }
@@ -221,8 +224,7 @@ class RoundedForward {
   const X* x_;
   const W *w_gate_, *w_up_, *w_down_;
   bf16* kept_;
-  Buffer<bf16> room_;
-  bf16* answers_;
+  bf16* answers_ = nullptr;
 };
 
 // ── backward ─────────────────────────────────────────────────────────────────────────────────────
@@ -231,21 +233,25 @@ template <class X, class W>
 class RoundedBackward {
  public:
   RoundedBackward(const Problem& p, const X* x, const W* w_gate, const W* w_up, const W* w_down,
-           const Gradients& d)
+                  const Gradients& d)
       : work_(p, w_gate, most_rows(p)),
         p_(p), x_(x), w_gate_(w_gate), w_up_(w_up), w_down_(w_down), d_(d),
         d_y_(static_cast<const X*>(d.y)), kept_(static_cast<const bf16*>(d.kept)),
-        room_(!d.x || writes_directly<bf16, X>(p) ? 0 : p.routed * p.dim),
-        d_rows_(writes_directly<bf16, X>(p) ? static_cast<bf16*>(d.x) : room_),
         turned_(d.w_up ? work_.places * work_.span : 0),
         turned_hiddens_(d.w_up ? work_.places * up_to(p.hidden, UNIT) : 0),
         groups_of_(p.experts + 1, 0) {
-    int64_t used = 0;
-    for (const Group& g : work_.groups) groups_of_[g.expert + 1]++, used += !g.before;
+    for (const Group& g : work_.groups) groups_of_[g.expert + 1]++, used_ += !g.before;
     for (int64_t e = 0; e < p.experts; e++) groups_of_[e + 1] += groups_of_[e];
-    if (used < 4 * p.threads) run_in_parts();
-    else run();
-    if (d.x && d_rows_ == room_) combine(p, static_cast<bf16*>(room_), false, static_cast<X*>(d.x));
+  }
+
+  void run() {
+    const bool is_direct = writes_directly<bf16, X>(p_);
+    Buffer<bf16> room(is_direct || !d_.x ? 0 : p_.routed * p_.dim);
+    d_rows_ = is_direct ? static_cast<bf16*>(d_.x) : room;
+    if (used_ < 4 * p_.threads) run_in_parts();
+    else run_whole();
+    if (d_.x && !is_direct)
+      combine(p_, static_cast<bf16*>(room), false, static_cast<X*>(d_.x));
   }
 
  private:
@@ -269,7 +275,7 @@ class RoundedBackward {
   static constexpr int64_t SUM_ROW = WIDTH + UNIT;
 
   // Each expert from its tokens to its weights' gradients, while they are in the cache.
-  void run() {
+  void run_whole() {
 #pragma omp parallel num_threads(p_.threads) if (p_.threads > 1)
     {
       const Tiles tiles(true);
@@ -290,7 +296,8 @@ class RoundedBackward {
     const int64_t groups = int64_t(work_.groups.size());
     const int64_t heights = (tiles_() + TILES - 1) / TILES;
     int64_t columns = WIDTH;
-    while (columns > 64 && p_.experts * heights * (p_.dim / columns) < 4 * p_.threads) columns -= 64;
+    while (columns > 64 && p_.experts * heights * (p_.dim / columns) < 4 * p_.threads)
+      columns -= 64;
     const int64_t widths = (p_.dim + columns - 1) / columns;
 #pragma omp parallel num_threads(p_.threads) if (p_.threads > 1)
     {
@@ -322,19 +329,18 @@ class RoundedBackward {
         pack_terms(w_down_ + (g.expert * dim + k) * hidden + f, hidden, dim - k, hidden - f,
                    room.slice + k / 32 * 1024 + k % 32 * 16);
       const int64_t units = hidden - f > UNIT ? 2 : 1;
-      times_slice(g.rows, room.d_y, work_.token_row, room.slice, dim, w_gate_ ? hidden - f : SLICE,
-               [&](int64_t r, float* d_hidden) {
-                 bf16 *d_units = room.d_units + r * span_row, *h = room.hiddens + r * hidden_row + f;
-                 float* share = room.shares + r * LANES;
-                 if (w_gate_)
-                   for (int64_t u = 0; u < units; u++)
-                     swiglu_backward_line(work_.kept(kept_, g, f / UNIT + u, r), d_hidden + u * UNIT,
-                                          weights[r], d_units + 2 * f + u * SLICE, h + u * UNIT,
-                                          share);
-                 else
-                   gelu_backward_line(work_.kept(kept_, g, f / SLICE, r), d_hidden, weights[r],
-                                      d_units + f, h, share);
-               });
+      const auto give = [&](int64_t row, float* d_hidden) {
+        bf16 *d_units = room.d_units + row * span_row, *h = room.hiddens + row * hidden_row + f;
+        float* share = room.shares + row * LANES;
+        if (!w_gate_)
+          return gelu_backward_line(work_.kept(kept_, g, f / SLICE, row), d_hidden, weights[row],
+                                    d_units + f, h, share);
+        for (int64_t u = 0; u < units; u++)
+          swiglu_backward_line(work_.kept(kept_, g, f / UNIT + u, row), d_hidden + u * UNIT,
+                               weights[row], d_units + 2 * f + u * SLICE, h + u * UNIT, share);
+      };
+      times_slice(g.rows, room.d_y, work_.token_row, room.slice, dim,
+                  w_gate_ ? hidden - f : SLICE, give);
     }
     if (d_.weights)
       for (int64_t r = 0; r < g.rows; r++)
@@ -383,14 +389,14 @@ class RoundedBackward {
                    room.slice + unit / 2 * 1024 + unit % 2 * 256);
       }
       times_slice(g.rows, room.d_units, work_.span_row, room.slice, work_.span, dim - c,
-               [&](int64_t r, const float* block) {
-                 _mm512_storeu_si512(room.d_y + r * work_.token_row + c, line(block));
-               });
+                  [&](int64_t r, const float* block) {
+                    _mm512_storeu_si512(room.d_y + r * work_.token_row + c, line(block));
+                  });
     }
     give_rows(work_, g, room.d_y, 0, dim, d_rows_);
   }
 
-  // Columns [begin, begin + columns) of one expert's gradients, for TILES hidden units from `tile`.
+  // Columns [begin, begin + columns) of one expert's gradients, for TILES units from `tile` on.
   void sum_weights(int64_t expert, int64_t begin, int64_t columns, int64_t tile, Room& room) const {
     const int64_t dim = p_.dim, hidden = p_.hidden;
     if (begin + columns > dim) columns = dim - begin;
@@ -439,10 +445,10 @@ class RoundedBackward {
   const Gradients& d_;
   const X* d_y_;
   const bf16* kept_;
-  Buffer<bf16> room_;
-  bf16* d_rows_;
+  bf16* d_rows_ = nullptr;
   Buffer<bf16> turned_, turned_hiddens_;
   std::vector<int64_t> groups_of_;  // where each expert's begin
+  int64_t used_ = 0;                // experts with rows
 };
 
 // Numbers that forward keeps for backward.
@@ -453,13 +459,13 @@ int64_t kept_by_rounded(const Problem& p, bool is_gated) {
 template <class X, class W>
 void forward_rounded(const Problem& p, const X* x, const W* w_gate, const W* w_up, const W* w_down,
                      X* y, bf16* kept) {
-  RoundedForward<X, W>(p, x, w_gate, w_up, w_down, y, kept);
+  RoundedForward<X, W>(p, x, w_gate, w_up, w_down, kept).run(y);
 }
 
 template <class X, class W>
 void backward_rounded(const Problem& p, const X* x, const W* w_gate, const W* w_up,
                       const W* w_down, const Gradients& d) {
-  RoundedBackward<X, W>(p, x, w_gate, w_up, w_down, d);
+  RoundedBackward<X, W>(p, x, w_gate, w_up, w_down, d).run();
 }
 
 }  // namespace

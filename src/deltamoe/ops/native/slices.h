@@ -60,7 +60,7 @@ void pack_lines(const W* from, int64_t row, int64_t columns, int64_t terms, bf16
 // All rows times a slice; give(row, block) gets each row's 32 numbers.
 template <class Give>
 void times_slice(int64_t rows, const bf16* left, int64_t width, const bf16* slice, int64_t depth,
-              int64_t columns, Give give) {
+                 int64_t columns, Give give) {
   alignas(64) float block[SLICE * SLICE];
   for (int64_t m = 0; m < rows; m += SLICE) {
     const int64_t here = rows - m < SLICE ? rows - m : SLICE;
