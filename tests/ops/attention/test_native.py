@@ -10,7 +10,14 @@ _reason = libraries.why_not("attention")
 pytestmark = pytest.mark.skipif(_reason is not None, reason=f"native: {_reason}")
 
 # heads, key channels of a head, shared key channels, value channels
-SIZES = [(3, 5, 4, 7), (1, 16, 0, 16), (2, 33, 16, 20), (2, 1, 3, 65)]
+SIZES = [
+    (3, 5, 4, 7),
+    (1, 16, 0, 16),
+    (2, 33, 16, 20),
+    (2, 1, 3, 65),
+    (2, 24, 16, 8),
+    (1, 48, 32, 9),
+]
 
 
 def inputs(batch: int, time: int, sizes, dtype=torch.float32) -> list[torch.Tensor]:

@@ -5,7 +5,10 @@
 // time; the largest score so far is subtracted before exp.
 #pragma once
 
+#include <cmath>
+
 #include "attention_problem.h"
+#include "buffer.h"
 #include "gemm.h"
 
 namespace {
@@ -13,8 +16,6 @@ namespace {
 constexpr int64_t BLOCK_Q = 64, BLOCK_K = 256, GROUP = 512;
 // Rows a power of two apart would meet in the same few lines of the cache.
 constexpr int64_t APART = BLOCK_K + LANES;
-
-int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
 
 // c [M, N] = (or +=) a b
 template <Into into>
@@ -49,8 +50,8 @@ void scores_of(int64_t q0, int64_t rows, int64_t k0, int64_t columns, int64_t wi
 template <class X>
 void forward_exactly(const Inputs& in, const Part& out, float* log_sums) {
   const std::vector<Task> tasks = tasks_of(in, GROUP);
-  const int64_t width = padded(in.q.size + in.q_shared.size);
-  const int64_t v_width = padded(in.v.size);
+  const int64_t width = up_to(in.q.size + in.q_shared.size, LANES);
+  const int64_t v_width = up_to(in.v.size, LANES);
   const vec scale = splat(in.scale);
 #pragma omp parallel num_threads(in.threads) if (in.threads > 1)
   {
@@ -60,7 +61,7 @@ void forward_exactly(const Inputs& in, const Part& out, float* log_sums) {
 #pragma omp for schedule(dynamic)
     for (size_t n = 0; n < tasks.size(); n++) {
       const Task& task = tasks[n];
-      const int64_t sources = padded(task.end);
+      const int64_t sources = up_to(task.end, LANES);
       rows.assign(sources * width, 0.f);
       values.assign(sources * v_width, 0.f);
       fetch<X>(in.k, in.k_shared, task.first, task.end, task.head, rows.data(), width);
@@ -73,7 +74,7 @@ void forward_exactly(const Inputs& in, const Part& out, float* log_sums) {
         for (int64_t r = 0; r < count; r++) largest[r] = -INF, total[r] = 0.f;
         std::fill(sums.begin(), sums.begin() + count * v_width, 0.f);
         for (int64_t k0 = 0; k0 < q0 + count; k0 += BLOCK_K) {
-          const int64_t columns = std::min(BLOCK_K, padded(q0 + count) - k0);
+          const int64_t columns = std::min(BLOCK_K, up_to(q0 + count, LANES) - k0);
           scores_of(q0, count, k0, columns, width, q.data(), keys, scores.data());
           for (int64_t r = 0; r < count; r++) {
             float* row = scores.data() + r * APART;
@@ -113,8 +114,8 @@ void backward_exactly(const Inputs& in, const Part& out, const float* log_sums, 
                       const Part& d_q, const Part& d_q_shared, const Part& d_k,
                       const Part& d_k_shared, const Part& d_v) {
   const std::vector<Task> tasks = tasks_of(in, 0);
-  const int64_t width = padded(in.q.size + in.q_shared.size);
-  const int64_t v_width = padded(in.v.size);
+  const int64_t width = up_to(in.q.size + in.q_shared.size, LANES);
+  const int64_t v_width = up_to(in.v.size, LANES);
   const vec scale = splat(in.scale);
 #pragma omp parallel num_threads(in.threads) if (in.threads > 1)
   {
@@ -126,7 +127,7 @@ void backward_exactly(const Inputs& in, const Part& out, const float* log_sums, 
 #pragma omp for schedule(dynamic)
     for (size_t n = 0; n < tasks.size(); n++) {
       const Task& task = tasks[n];
-      const int64_t sources = padded(task.length);
+      const int64_t sources = up_to(task.length, LANES);
       rows.assign(sources * width, 0.f);
       values.assign(sources * v_width, 0.f);
       to_keys.assign(sources * width, 0.f);
@@ -150,7 +151,7 @@ void backward_exactly(const Inputs& in, const Part& out, const float* log_sums, 
         }
         std::fill(to_q.begin(), to_q.begin() + count * width, 0.f);
         for (int64_t k0 = 0; k0 < q0 + count; k0 += BLOCK_K) {
-          const int64_t columns = std::min(BLOCK_K, padded(q0 + count) - k0);
+          const int64_t columns = std::min(BLOCK_K, up_to(q0 + count, LANES) - k0);
           scores_of(q0, count, k0, columns, width, q.data(), keys, weights.data());
           multiply<Into::SET>(count, columns, v_width, {to_answer.data(), v_width, 1},
                               answers.wide.data() + k0, answers.row, to_scores.data(), APART);

@@ -6,6 +6,8 @@
 // (d_q), left of the queries' gradients (d_v) and of the queries (d_k).
 #pragma once
 
+#include <cmath>
+
 #include "attention_problem.h"
 #include "slices.h"
 
@@ -34,8 +36,8 @@ inline vec exp2_of(vec x) {
 }
 inline vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
 
-// Rows first .. first + count of one head, both parts side by side, into to [up_to(count, 32),
-// width]: each store may go over the row's end, so rows come in order, and the last ones are zero.
+// Rows first .. first + count of one head, both parts side by side and zeros, into
+// to [up_to(count, 32), width]. A store may go over the row's end, so rows come in order.
 void gather(const Part& a, const Part& b, int64_t first, int64_t count, int64_t head, bf16* to,
             int64_t width) {
   const auto copy = [](const Part& part, int64_t token, int64_t head, bf16* to) {
@@ -44,6 +46,7 @@ void gather(const Part& a, const Part& b, int64_t first, int64_t count, int64_t 
       _mm512_storeu_si512(to + c, line(from + c, part.size - c));
   };
   for (int64_t r = 0; r < count; r++) {
+    _mm512_storeu_si512(to + (r + 1) * width - 32, _mm512_setzero_si512());
     copy(a, first + r, head, to + r * width);
     copy(b, first + r, head, to + r * width + a.size);
   }
@@ -80,11 +83,11 @@ float dot(const bf16* a, const bf16* b, int64_t size) {
 
 // What a block's queries have seen so far: the largest score and the sum of powers of two.
 struct Seen {
-  // Scores [keys, QUERIES] become weights, a slice of terms. Returned is what sums of what was
-  // weighed before are to be multiplied by.
-  struct Shrink {
+  struct Shrink {  // what sums of all that was weighed before are to be multiplied by
     vec by[2];
   };
+
+  // Scores [keys, QUERIES] become weights, a slice of terms.
   Shrink take(const float* scores, int64_t keys, vec scale, bf16* weights) {
     // A NaN may be passed over here: it is found again below.
     vec largest[4];  // of even and odd keys, lest each waits for the one before

@@ -6,6 +6,9 @@
 // one takes.
 #pragma once
 
+#include <memory>
+#include <vector>
+
 #include "experts_problem.h"
 #include "gemm.h"
 

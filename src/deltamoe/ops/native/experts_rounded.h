@@ -11,6 +11,8 @@
 // their gradients stand left of one product.
 #pragma once
 
+#include <vector>
+
 #include "experts_problem.h"
 #include "slices.h"
 
@@ -57,7 +59,7 @@ class RoundedWork {
   // Numbers of a slice: the longest sum's.
   int64_t slice_size() const { return SLICE * up_to(p.dim > span ? p.dim : span, 32); }
 
-  // Gate and up of a slice's channels of one row, as forward keeps them: a slice's lie together.
+  // What a slice gave for one row, as forward keeps it: a slice's lie together.
   template <class T>
   T* kept(T* all, const Group& g, int64_t slice, int64_t row) const {
     return all + (g.first - g.before) * span + slice * p.counts[g.expert] * SLICE +
@@ -255,10 +257,11 @@ class RoundedBackward {
   }
 
  private:
-  // Nothing in the results depends on the size of groups, which are a multiple of 32 but the last.
+  // A sum over rows takes 32 at a step: groups are multiples of that, so how many there are changes
+  // no result.
   static int64_t most_rows(const Problem& p) {
     int64_t most = RoundedWork::most_rows(p);
-    while (most > 64 && p.routed < 4 * p.threads * most) most /= 2;
+    while (most > 64 && p.routed < 4 * p.threads * most) most = up_to(most / 2, 32);
     return most;
   }
 

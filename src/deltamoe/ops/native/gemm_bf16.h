@@ -79,11 +79,6 @@ static inline void pack_columns(int M, int K, Pairs pairs, bf16* to, int width) 
     }
 }
 
-// bf16 numbers an operand takes: `lines` rows or columns, and the terms filled up to 32.
-static inline size_t packed_size(size_t lines, size_t terms) {
-  return lines * ((terms + 31) / 32 * 32);
-}
-
 // A [M, K] to rows of bf16, filled up with zeros.
 static inline void pack_left(int M, int K, Strided a, bf16* to) {
   const int width = (K + 31) / 32 * 32;
@@ -117,29 +112,11 @@ static inline void pack_left_turned(int M, int K, const bf16* rows, int row, bf1
   pack_columns(M, width, pairs, to, width);
 }
 
-// Terms [K, N] to tiles of 16 pairs of rows and 16 columns, K's tiles outermost: what stands right
-// of a product. both(k, n): numbers n to n + 15 of the rows k and k + 1.
-template <class Both>
-static inline void pack_rows(int N, int K, Both both, bf16* to) {
-  for (int k = 0; k < K; k += 32)
-    for (int n = 0; n < N; n += 16)
-      for (int i = 0; i < 16; i++, to += 32) {
-        const __m512i rows = k + 2 * i < K ? both(k + 2 * i, n) : _mm512_setzero_si512();
-        _mm512_storeu_si512(to, in_turn(rows));
-      }
-}
+// What stands right of a product are terms [K, N] as tiles of 16 pairs of terms and 16 columns, K's
+// tiles outermost.
 
-static inline void pack_right(int N, int K, const float* b, ptrdiff_t ldb, bf16* to) {
-  const auto both = [&](int k, int n) {
-    const float* from = b + k * ldb + n;
-    return bf16_both(load(from), k + 1 < K ? load(from + ldb) : vec{});
-  };
-  pack_rows(N, K, both, to);
-}
-
-// Two rows of 32 numbers to their place in what stands right of a product, and, times `sign` (1 or
-// -1), to rows as pack_left has them, `width` terms apart, if there are any: past the caches if
-// nothing reads them soon.
+// Two terms of 32 columns to their place there and, times `sign` (1 or -1), to rows as pack_left has
+// them, `width` terms apart, if there are any: past the caches if nothing reads them soon.
 template <bool streams>
 static inline void pack_two(vec low, vec high, vec next_low, vec next_high, bf16* right, bf16* row,
                             int width, int sign = 1) {
@@ -169,7 +146,7 @@ static inline void pack_both(int N, int K, const float* b, bf16* to, bf16* rows,
     }
 }
 
-// The same as pack_right of `rows` [N, K] transposed, which pack_left has made.
+// Rows [N, K] as pack_left makes them, transposed to what stands right.
 static inline void pack_turned(int N, int K, const bf16* rows, bf16* to) {
   const int width = (K + 31) / 32 * 32;  // two terms move as one fp32 number
   for (int k = 0; k < width; k += 32)
@@ -248,11 +225,4 @@ static inline void configure_tiles(int = 16) {}
 struct Tiles {
   explicit Tiles(bool) {}
 };
-static inline size_t packed_size(size_t, size_t) { return 0; }
-static inline void pack_left(int, int, Strided, bf16*) {}
-static inline void pack_right(int, int, const float*, ptrdiff_t, bf16*) {}
-static inline void pack_turned(int, int, const bf16*, bf16*) {}
-template <bool adds>
-static inline void gemm_packed(int, int, int, const bf16*, int, const bf16*, int, float*,
-                               ptrdiff_t) {}
 #endif
