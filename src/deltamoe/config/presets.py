@@ -268,7 +268,7 @@ PRESETS: dict[str, Preset] = {
         summary="8 layers: about an hour on two CPU cores",
         config=_for_an_hour(rung(8), steps=1200, accumulate=1),
         assumptions=(
-            "an hour: 9.8 M tokens at 2,200 (fp32) to 4,000 (bf16) a second on two cores, measured "
+            "an hour: 9.8 M tokens at 2,200 (fp32) to 5,000 (bf16) a second on two cores, measured "
             "without the optimizer",
         ),
     ),
