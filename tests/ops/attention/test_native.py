@@ -47,7 +47,10 @@ def check(tensors, K: int, **options) -> list[torch.Tensor]:
     d_y = torch.randn_like(y)
     got = torch.autograd.grad(y, tensors, d_y)
     wanted = torch.autograd.grad(expected, exact, d_y.double())
-    bound = {"rtol": 2**-6, "atol": 2e-2} if is_bf16 else {"rtol": 1e-4, "atol": 2e-5}
+    # A score's gradient needs its query's outputs times their gradients, and outputs are kept in
+    # bf16: the error of that sum grows like the root of their number.
+    by_outputs = {"rtol": 2**-6, "atol": 2e-2 * (y.shape[-1] / 7) ** 0.5}
+    bound = by_outputs if is_bf16 else {"rtol": 1e-4, "atol": 2e-5}
     for g, w in zip(got, wanted, strict=True):
         assert g.dtype == y.dtype
         torch.testing.assert_close(g.double(), w, **bound)
