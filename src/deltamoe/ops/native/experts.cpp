@@ -101,7 +101,7 @@ EXPORT void experts_forward(const Problem* p, int tiled, int x_is_bf16, int w_is
               static_cast<const W*>(w_up), static_cast<const W*>(w_down), static_cast<X*>(y),
               kept...);
     };
-    // Tiles read weights at the memory's rate whatever the number of rows.
+    // Tiles take any number of rows.
     if (rounds(tiled)) run(forward_rounded<X, W>, static_cast<bf16*>(kept));
     else if (!kept && has_few_rows(*p)) run(forward_few<X, W>);
     else run(forward_exactly<X, W>, static_cast<float*>(kept));

@@ -191,7 +191,7 @@ void forward_exactly(const Problem& p, const X* x, const W* w_gate, const W* w_u
           multiply(height, p.dim, gates->of(panel.expert, f), tokens, width, gate);
           if (kept) memcpy(kept + at + f * width, gate, size * sizeof(float));
           for (int64_t i = 0; i < size; i += LANES)
-            store(hiddens + i, swiglu(load(gate + i), load(up + i)));
+            store(hiddens + i, Swiglu(load(gate + i), load(up + i)).value());
         } else {
           memcpy(hiddens, up, size * sizeof(float));
           gelu(size, hiddens);

@@ -76,8 +76,8 @@ void forward_few(const Problem& p, const X* x, const W* w_gate, const W* w_up, c
         float* hiddens = up + r * LINES;
         if (!w_gate) gelu(size, hiddens);
         else
-          for (int64_t i = 0; i < LINES; i += LANES)
-            store(hiddens + i, swiglu(load(gate + r * LINES + i), load(hiddens + i)));
+          for (int64_t i = 0; i < size; i += LANES)
+            store(hiddens + i, Swiglu(load(gate + r * LINES + i), load(hiddens + i)).value());
         memcpy(between + (panel.first + r) * hidden + f, hiddens, size * 4);
       }
     }

@@ -53,9 +53,7 @@ void convert(const From* from, int64_t n, To* to) {
 
 // ── activations ──────────────────────────────────────────────────────────────────────────────────
 
-vec swiglu(vec gate, vec up) { return gate / (splat(1.f) + exp_lanes(-gate)) * up; }
-
-// silu(gate) * up, and for its gradient d what becomes of the halves.
+// silu(gate) * up, and what its gradient d means for either.
 struct Swiglu {
   Swiglu(vec gate, vec up)
       : up(up), open(splat(1.f) / (splat(1.f) + exp_lanes(-gate))), silu(gate * open) {}
@@ -68,10 +66,6 @@ struct Swiglu {
 
 constexpr float SQRT_HALF = 0.70710678f, INVERSE_SQRT_TAU = 0.39894228f;
 
-void gelu(int64_t n, float* x) {
-  for (int64_t i = 0; i < n; i++) x[i] *= 0.5f * (1.f + std::erf(x[i] * SQRT_HALF));
-}
-
 struct Gelu {
   explicit Gelu(float x) {
     const float portion = 0.5f * (1.f + std::erf(x * SQRT_HALF));
@@ -79,6 +73,10 @@ struct Gelu {
   }
   float value, slope;
 };
+
+void gelu(int64_t n, float* x) {
+  for (int64_t i = 0; i < n; i++) x[i] = Gelu(x[i]).value;
+}
 
 // ── after the products ───────────────────────────────────────────────────────────────────────────
 

@@ -192,7 +192,8 @@ class RoundedForward {
         if (kept_)
           _mm512_stream_si512(reinterpret_cast<__m512i*>(work_.kept(kept_, g, s, r)), line(block));
         if (w_gate_) {
-          store_narrow(between + r * row + s * UNIT, swiglu(load(block), load(block + UNIT)));
+          const Swiglu at(load(block), load(block + UNIT));
+          store_narrow(between + r * row + s * UNIT, at.value());
         } else {
           gelu(SLICE, block);
           _mm512_storeu_si512(between + r * row + s * SLICE, line(block));
@@ -434,9 +435,10 @@ class RoundedBackward {
       for (int64_t u = 0; u < here; u++) {
         const int64_t f = (tile + u) * UNIT;
         transpose_square(room.sums + u * UNIT * SUM_ROW + c, SUM_ROW, square, UNIT);
+        const int64_t real = hidden - f < UNIT ? hidden - f : UNIT;
+        W* to = static_cast<W*>(d_.w_down) + (expert * dim + begin + c) * hidden + f;
         for (int64_t i = 0; i < UNIT && c + i < columns; i++)
-          copy_past_caches(square + i * UNIT, hidden - f < UNIT ? hidden - f : UNIT,
-                           static_cast<W*>(d_.w_down) + (expert * dim + begin + c + i) * hidden + f);
+          copy_past_caches(square + i * UNIT, real, to + i * hidden);
       }
     finish_stores_past_caches();
   }

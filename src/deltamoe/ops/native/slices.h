@@ -89,7 +89,7 @@ void pair_rows(int64_t rows, int64_t columns, int64_t wide, Row row, bf16* to) {
 // Rows as the columns of a product's left side: to[channel * to_row + r], with zeros for channels
 // up to a multiple of 16 and rows up to one of 32.
 inline void turn_rows(int64_t rows, int64_t channels, const bf16* from, int64_t row, bf16* to,
-               int64_t to_row) {
+                      int64_t to_row) {
   const auto half = [&](int64_t r, int64_t m) {
     return _mm256_maskz_loadu_epi16(r < rows ? __mmask16(first(channels - m)) : 0,
                                     from + r * row + m);
