@@ -108,19 +108,36 @@ void fetch_inputs(const Shape& shape, const Chunk& chunk, const Strip& strip, co
   }
 }
 
-// The sum over the taps; W is 0 where the width is known only now.
+// The taps of LANES channels; W is 0 where the width is known only now. A loop over tokens that
+// makes this before it begins has them in registers.
 template <int W>
-inline void sum_of_taps(const Strip& strip, const float* x, float* c) {
-  const float* weight = strip.weight.data();
-  const int64_t width = W ? W : strip.width;
-  for (int64_t i = 0; i < strip.padded; i += LANES) {
-    vec total{};
-    for (int64_t j = 0; j < width; j++)
-      total += load(weight + j * strip.padded + i) * load(x + j * strip.padded + i);
-    store(c + i, total);
-  }
-}
+struct Taps {
+  const float* weight;
+  int64_t padded, width;
+  vec kept[W ? W : 1];
 
+  Taps(const Strip& strip, int64_t i)
+      : weight(strip.weight.data() + i), padded(strip.padded), width(W ? W : strip.width) {
+    for (int j = 0; j < W; j++) kept[j] = load(weight + j * padded);
+  }
+  vec tap(int64_t j) const { return W ? kept[j] : load(weight + j * padded); }
+
+  // The sum over the taps whose oldest input is at x.
+  vec forward(const float* x) const {
+    vec total{};
+    for (int64_t j = 0; j < width; j++) total += tap(j) * load(x + j * padded);
+    return total;
+  }
+  // What this token's sum and the W - 1 behind it ask of its input.
+  vec backward(const float* d_c) const {
+    vec total{};
+    for (int64_t j = 0; j < width; j++) total += tap(j) * load(d_c + (width - 1 - j) * padded);
+    return total;
+  }
+};
+
+// A tile goes through one column of LANES channels after the other, token by token: a token's
+// numbers wait for none of its neighbours'. What a whole head decides comes in a second pass.
 template <int W, class X, class Y>
 void forward(const Shape& shape, const X* x, const float* weight, const X* past, Y* y) {
   const std::vector<Chunk> chunks = chunks_of(shape);
@@ -129,25 +146,35 @@ void forward(const Shape& shape, const X* x, const float* weight, const X* past,
   for (int64_t task = 0; task < tasks; task++) {
     const Chunk& chunk = chunks[task / strips];
     const Strip strip(shape, weight, task % strips);
-    std::vector<float> inputs((TILE + strip.width - 1) * strip.padded), row(strip.padded);
-    float* s = row.data();
+    const int64_t padded = strip.padded;
+    std::vector<float> room((2 * TILE + strip.width - 1) * padded + TILE * LANES);
+    float *squares = room.data(), *s = squares + TILE * LANES, *inputs = s + TILE * padded;
     for (int64_t begin = chunk.begin; begin < chunk.end; begin += TILE) {
-      int64_t end = begin + TILE < chunk.end ? begin + TILE : chunk.end;
-      fetch_inputs(shape, chunk, strip, x, past, begin, end, inputs.data());
-      for (int64_t t = begin; t < end; t++) {
-        Y* to = y + (chunk.first_row + t) * shape.channels + strip.first;
-        if (t + AHEAD < chunk.end)
-          prefetch_to_write(to + AHEAD * shape.channels, strip.size * sizeof(Y));
-        sum_of_taps<W>(strip, inputs.data() + (t - begin) * strip.padded, s);
-        for (int64_t i = 0; i < strip.padded; i += LANES)
-          store(s + i, load(s + i) / (splat(1.f) + exp_lanes(-load(s + i))));
-        if (shape.head_dim) {
-          vec squares{};
-          for (int64_t i = 0; i < strip.padded; i += LANES) squares += load(s + i) * load(s + i);
-          vec factor = splat(shape.scale / std::sqrt(sum(squares) + shape.eps));
-          for (int64_t i = 0; i < strip.padded; i += LANES) store(s + i, load(s + i) * factor);
+      const int64_t end = begin + TILE < chunk.end ? begin + TILE : chunk.end;
+      const int64_t tokens = end - begin;
+      fetch_inputs(shape, chunk, strip, x, past, begin, end, inputs);
+      for (int64_t i = 0; i < padded; i += LANES) {
+        const Taps<W> taps(strip, i);
+        for (int64_t t = 0; t < tokens; t++) {
+          const vec c = taps.forward(inputs + t * padded + i);
+          const vec answer = c * sigmoid_lanes(c);
+          store(s + t * padded + i, answer);
+          if (!shape.head_dim) continue;
+          const vec before = i ? load(squares + t * LANES) : vec{};
+          store(squares + t * LANES, before + answer * answer);
         }
-        store_row(s, strip.size, to);
+      }
+      for (int64_t t = 0; t < tokens; t++) {
+        Y* to = y + (chunk.first_row + begin + t) * shape.channels + strip.first;
+        if (begin + t + AHEAD < chunk.end)
+          prefetch_to_write(to + AHEAD * shape.channels, strip.size * sizeof(Y));
+        if (shape.head_dim) {
+          const float length = std::sqrt(sum(load(squares + t * LANES)) + shape.eps);
+          const vec factor = splat(shape.scale / length);
+          for (int64_t i = 0; i < padded; i += LANES)
+            store(s + t * padded + i, load(s + t * padded + i) * factor);
+        }
+        store_row(s + t * padded, strip.size, to);
       }
     }
   }
@@ -157,11 +184,10 @@ void forward(const Shape& shape, const X* x, const float* weight, const X* past,
 template <int W, class Y>
 inline void gradient_of_sum(const Shape& shape, const Strip& strip, const float* x, const Y* d_y,
                             float* s, float* slope, float* d_c) {
-  sum_of_taps<W>(strip, x, s);
   fetch_row(d_y, strip, d_c);
   const vec one = splat(1.f);
   for (int64_t i = 0; i < strip.padded; i += LANES) {
-    vec c = load(s + i), opening = one / (one + exp_lanes(-c));
+    const vec c = Taps<W>(strip, i).forward(x + i), opening = sigmoid_lanes(c);
     store(s + i, c * opening);
     store(slope + i, opening * (one + c * (one - opening)));
   }
@@ -231,14 +257,8 @@ void backward(const Shape& shape, const X* x, const float* weight, const X* past
       // Token t entered the sums of t .. t + W - 1, the last of them through the oldest tap.
       for (int64_t t = begin; t < end; t++) {
         const float* d_c = gradients.data() + (t - begin) * padded;
-        for (int64_t i = 0; i < padded; i += LANES) {
-          vec total{};
-          const int64_t taps = W ? W : width;
-          for (int64_t j = 0; j < taps; j++)
-            total += load(strip.weight.data() + j * padded + i) *
-                     load(d_c + (taps - 1 - j) * padded + i);
-          store(s + i, total);
-        }
+        for (int64_t i = 0; i < padded; i += LANES)
+          store(s + i, Taps<W>(strip, i).backward(d_c + i));
         store_row(s, strip.size, d_x + (chunk.first_row + t) * shape.channels + strip.first);
       }
       if (d_past && begin == 0) {

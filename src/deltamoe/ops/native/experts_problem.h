@@ -56,7 +56,7 @@ void convert(const From* from, int64_t n, To* to) {
 // silu(gate) * up, and what its gradient d means for either.
 struct Swiglu {
   Swiglu(vec gate, vec up)
-      : up(up), open(splat(1.f) / (splat(1.f) + exp_lanes(-gate))), silu(gate * open) {}
+      : up(up), open(sigmoid_lanes(gate)), silu(gate * open) {}
   vec value() const { return silu * up; }
   vec d_gate(vec d) const { return d * up * (open + silu * (splat(1.f) - open)); }
   vec d_up(vec d) const { return d * silu; }
