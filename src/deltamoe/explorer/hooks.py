@@ -52,7 +52,7 @@ HOOKS = (
     Hook("mixer.answers", "mixer.o_proj", "input", 0, "all heads' answers [B, T, HV·V or H·V]"),
     Hook("mixer.output", "mixer", "output", 0, "what the mixer adds [B, T, D]"),
     Hook("mixer.state", "mixer", "output", 1, "KdaState or MlaState after the last token"),
-    Hook("between", "channel_norm", "input", 0, "the stream behind the mixer [B, T, D]"),
+    Hook("between", "channel_norm", "output", 0, "the stream behind the mixer [B, T, D]"),
     Hook("channel.input", "channel", "input", 0, "that, normalised [B, T, D]"),
     Hook("channel.routed", "channel.experts", "output", 0, "the weighted sum [B·T, D]"),
     Hook("channel.shared", "channel.shared_expert", "output", 0, "its answer [B, T, D]"),

@@ -4,7 +4,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deltamoe.config.model import ModelConfig
-from deltamoe.layers import Kda, KdaState, Mla, MlaState, Mlp, Moe, RMSNorm, Routing
+from deltamoe.layers import Kda, KdaState, Mla, MlaState, Mlp, Moe, Routing, StreamNorm
 
 __all__ = ["Block"]
 
@@ -15,7 +15,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         dim, eps = config.dim, config.norm_eps
-        self.mixer_norm = RMSNorm(dim, eps)
+        self.mixer_norm = StreamNorm(dim, eps)
         self.mixer: Kda | Mla
         if config.mixer(layer) == "kda":
             assert config.kda is not None
@@ -23,7 +23,7 @@ class Block(nn.Module):
         else:
             assert config.mla is not None
             self.mixer = Mla(dim, config.mla, eps)
-        self.channel_norm = RMSNorm(dim, eps)
+        self.channel_norm = StreamNorm(dim, eps)
         self.channel: Mlp | Moe
         if config.channel(layer) == "mlp":
             self.channel = Mlp(dim, config.mlp_dim)
@@ -40,7 +40,7 @@ class Block(nn.Module):
         cu_seqlens: Int[Tensor, "..."] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KdaState | MlaState, Routing | None]:
         """Advance the residual stream by one block."""
-        normed = self.mixer_norm(x)
+        x, normed = self.mixer_norm(x)  # x comes back so that its two gradients meet in the norm
         after: KdaState | MlaState
         if isinstance(self.mixer, Kda):
             assert state is None or isinstance(state, KdaState)
@@ -50,8 +50,8 @@ class Block(nn.Module):
             mixed, after = self.mixer(
                 normed, state, past=past, lengths=lengths, cu_seqlens=cu_seqlens
             )
-        x = x + mixed
-        answer = self.channel(self.channel_norm(x))
+        x, normed = self.channel_norm(x, mixed)
+        answer = self.channel(normed)
         routing = None
         if isinstance(self.channel, Moe):
             answer, routing = answer

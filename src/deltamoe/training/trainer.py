@@ -31,7 +31,7 @@ from deltamoe.checkpoint.folder import CONFIG, OPTIMIZER, TOKENIZER, TRAIN_STATE
 from deltamoe.config import ModelConfig, RunConfig, check_format, read_json, to_json
 from deltamoe.data import NO_TARGET, Batch, Loader, PreparedData
 from deltamoe.errors import CheckpointError, ConfigError
-from deltamoe.layers import Mlp, RMSNorm
+from deltamoe.layers import Mlp, RMSNorm, StreamNorm
 from deltamoe.model import HybridLM, Routing
 from deltamoe.model.device import choose_device
 from deltamoe.plan import plan
@@ -242,7 +242,7 @@ class Trainer:
         # What stands between the operators. Those have kernels of their own, and their loops over
         # chunks and experts would take minutes to compile.
         for module in self.model.modules():
-            if isinstance(module, RMSNorm | Mlp):
+            if isinstance(module, RMSNorm | StreamNorm | Mlp):
                 module.compile(dynamic=True)
 
     def _seed(self) -> None:

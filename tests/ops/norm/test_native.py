@@ -72,12 +72,107 @@ def test_rows_that_stand_apart() -> None:
         check(x, logits[: len(x)] if x.ndim == 3 else logits[0, :2], weight, "none")
 
 
+def check_sum(x, branch, weight, dtype: torch.dtype | None = None, asks_of: str = "both"):
+    """``add_rms_norm`` beside the definition in fp64; return what the C++ made."""
+    inputs = [t.detach().requires_grad_() for t in (x, branch, weight) if t is not None]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    got = native.add_rms_norm(inputs[0], *after(inputs, branch), 1e-5, dtype=dtype)
+    wanted = reference.add_rms_norm(exact[0], *after(exact, branch), 1e-5)
+    wide = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
+    assert [t.dtype for t in got] == [wide, dtype or wide]
+    for g, w in zip(got, wanted, strict=True):
+        bound = {"rtol": 2**-8, "atol": 1e-5} if g.dtype == BF16 else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(g.double(), w, **bound)
+    d_got = [torch.randn_like(t) for t in got]
+    chosen = {"both": [0, 1], "sum": [0], "norm": [1]}[asks_of]
+    used = [t for t in inputs if asks_of != "sum" or t is not inputs[-1]]
+    grads = torch.autograd.grad(
+        [got[i] for i in chosen], used, [d_got[i] for i in chosen], materialize_grads=True
+    )
+    exact_grads = torch.autograd.grad(
+        [wanted[i] for i in chosen], exact[: len(used)], [d_got[i].double() for i in chosen]
+    )
+    for g, w, i in zip(grads, exact_grads, used, strict=True):
+        assert g.dtype == i.dtype
+        bound = {"rtol": 2**-8, "atol": 1e-4} if g.dtype == BF16 else {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(g.double(), w, **bound)
+    return [*got, *grads]
+
+
+def after(tensors: list[torch.Tensor], branch: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if branch is None else tensors[1], tensors[-1]]
+
+
+@pytest.mark.parametrize("outside", [torch.float32, BF16])
+@pytest.mark.parametrize(
+    ("stream", "added"),
+    [(torch.float32, torch.float32), (torch.float32, BF16), (BF16, BF16), (BF16, torch.float32)],
+)
+@pytest.mark.parametrize("size", SIZES)
+def test_sum(size: int, stream: torch.dtype, added: torch.dtype, outside: torch.dtype) -> None:
+    # Sums of such eighths are exact in bf16, so that each answer is rounded once.
+    x = torch.randint(-30, 30, (3, 100, size)).to(stream) / 8
+    branch = torch.randint(-30, 30, (3, 100, size)).to(added) / 8
+    check_sum(x, branch, torch.randn(size), outside)
+
+
+def test_the_norm_is_of_the_sum_as_it_is_rounded() -> None:
+    x, branch, weight = (
+        torch.randn(9, 61).bfloat16(),
+        torch.randn(9, 61).bfloat16(),
+        torch.randn(61),
+    )
+    total, normed = native.add_rms_norm(x, branch, weight, 1e-5)
+    assert torch.equal(total, x + branch)
+    assert torch.equal(normed, native.rms_norm(total, weight, 1e-5))
+
+
+@pytest.mark.parametrize("asks_of", ["both", "sum", "norm"])
+@pytest.mark.parametrize("has_branch", [True, False])
+def test_gradients_of_either_answer(asks_of: str, has_branch: bool) -> None:
+    branch = torch.randn(2, 5, 61) if has_branch else None
+    check_sum(torch.randn(2, 5, 61), branch, torch.randn(61), asks_of=asks_of)
+
+
+def test_a_sum_without_a_branch_is_the_stream_itself() -> None:
+    x, weight = torch.randn(2, 5, 61), torch.randn(61)
+    total, normed = native.add_rms_norm(x, None, weight, 1e-5)
+    assert total.data_ptr() == x.data_ptr()
+    assert torch.equal(normed, native.rms_norm(x, weight, 1e-5))
+
+
+def test_sum_of_rows_that_stand_apart() -> None:
+    x, branch = torch.randn(2, 3, 80)[..., 5:66], torch.randn(2, 61, 3).transpose(1, 2)
+    check_sum(x, branch, torch.randn(61), BF16)
+
+
+def test_sum_with_a_branch_in_fp16() -> None:
+    x, branch, weight = torch.randn(4, 61), torch.randn(4, 61).half(), torch.randn(61)
+    got = native.add_rms_norm(x, branch.requires_grad_(), weight, 1e-5)
+    for g, wanted in zip(got, reference.add_rms_norm(x, branch, weight, 1e-5), strict=True):
+        torch.testing.assert_close(g, wanted, rtol=1e-5, atol=1e-5)
+    (d_branch,) = torch.autograd.grad(got[0].sum(), branch)
+    assert d_branch.dtype == torch.float16
+
+
+def test_sum_in_fp64_is_the_definition() -> None:
+    x, branch, weight = (torch.randn(*shape).double() for shape in ((2, 5), (2, 5), (5,)))
+    for got, wanted in zip(
+        native.add_rms_norm(x, branch, weight, 1e-5),
+        reference.add_rms_norm(x, branch, weight, 1e-5),
+        strict=True,
+    ):
+        assert torch.equal(got, wanted)
+
+
 def test_no_rows() -> None:
     x, weight = torch.randn(0, 5, requires_grad=True), torch.randn(5, requires_grad=True)
     native.rms_norm(x, weight, 1e-5).sum().backward()
     assert x.grad is not None
     assert weight.grad is not None
     assert weight.grad.eq(0).all()
+    total, normed = native.add_rms_norm(x, x, weight, 1e-5)
+    assert total.shape == normed.shape == x.shape
 
 
 def test_zeros_and_broken_numbers() -> None:
@@ -94,6 +189,15 @@ def test_zeros_and_broken_numbers() -> None:
     assert got[0, 2].isnan()
 
 
+def test_the_gate_is_exact_wherever_it_stands() -> None:
+    """To 4 ulp for the gate and 2 for its product with the norm."""
+    logits = torch.linspace(-87, 87, 64_000).reshape(1000, 64)
+    x, weight = torch.ones(1000, 64), torch.ones(64)
+    got = native.gated_rms_norm(x, logits, weight, 1e-5, activation="sigmoid")
+    expected = logits.double().sigmoid() * (1 + 1e-5) ** -0.5
+    torch.testing.assert_close(got.double(), expected, rtol=6 * 2**-23, atol=0)
+
+
 def test_the_number_of_threads_changes_nothing() -> None:
     x, logits, weight = torch.randn(1000, 61), torch.randn(1000, 61), torch.randn(61)
     results, before = [], torch.get_num_threads()
@@ -101,7 +205,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
         for number in (1, 2):
             torch.set_num_threads(number)
             torch.manual_seed(0)
-            results.append(check(x, logits, weight, "swish"))
+            results.append([*check(x, logits, weight, "swish"), *check_sum(x, logits, weight)])
     finally:
         torch.set_num_threads(before)
     for one, two in zip(*results, strict=True):

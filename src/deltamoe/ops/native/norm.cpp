@@ -1,10 +1,11 @@
-// RMSNorm of rows, alone or times an activation of logits, forward and backward; see ops/norm.
+// RMSNorm of rows, forward and backward; see ops/norm. Alone or times an activation of logits,
 //
 //   y = x / sqrt(mean(x^2) + eps) * weight * activation(logits)
 //
-// The backward pass keeps the inputs alone. A row is brought into fp32 beside this core first, its
-// end filled up with zeros. d_weight is summed in blocks of rows that the number of threads does
-// not change.
+// or of a stream to which a branch is added first, whose sum is an answer as well.
+// The backward pass keeps the inputs (of a sum, the sum) alone. A row is brought into fp32 beside
+// this core first, its end filled up with zeros. d_weight is summed in blocks of rows that the
+// number of threads does not change.
 
 #include <cmath>
 #include <cstddef>
@@ -65,6 +66,38 @@ inline float inverse_root(const Shape& shape, const float* x, int64_t padded) {
   return 1.f / std::sqrt(sum(squares) / float(shape.size) + shape.eps);
 }
 
+// x, of length `padded`, becomes its norm times the weights.
+inline void normalize(const Shape& shape, float* x, const float* weight, int64_t padded) {
+  const vec inverse = splat(inverse_root(shape, x, padded));
+  for (int64_t i = 0; i < padded; i += LANES)
+    store(x + i, load(x + i) * inverse * load(weight + i));
+}
+
+// From d, the gradient of x's norm times the weights, that of x in its place; x becomes its norm,
+// and the weights' gradient is added to d_weight.
+inline void normalize_backward(const Shape& shape, float* x, float* d, const float* weight,
+                               float* d_weight, float inverse, int64_t padded) {
+  vec along{};
+  for (int64_t i = 0; i < padded; i += LANES) {
+    vec unit = load(x + i) * splat(inverse), slope = load(d + i);
+    store(x + i, unit);
+    store(d_weight + i, load(d_weight + i) + slope * unit);
+    slope *= load(weight + i);
+    store(d + i, slope);
+    along += slope * unit;
+  }
+  const vec mean = splat(sum(along) / float(shape.size));
+  for (int64_t i = 0; i < padded; i += LANES)
+    store(d + i, (load(d + i) - load(x + i) * mean) * splat(inverse));
+}
+
+// d_weight is the sum of the blocks' shares, in their order.
+void add_shares(const Shape& shape, const std::vector<float>& shares, float* d_weight) {
+  for (int64_t i = 0; i < shape.size; i++) d_weight[i] = 0.f;
+  for (size_t begin = 0; begin < shares.size(); begin += shape.size)
+    for (int64_t i = 0; i < shape.size; i++) d_weight[i] += shares[begin + i];
+}
+
 template <Activation act, class X, class Y>
 void forward(const Shape& shape, const X* x, const float* weight, const X* logits, Y* y) {
   const int64_t size = shape.size, padded = padded_size(shape);
@@ -74,13 +107,11 @@ void forward(const Shape& shape, const X* x, const float* weight, const X* logit
     fetch_row(weight, size, padded, scale);
     for (int64_t r = begin; r < end; r++) {
       fetch_row(x + r * shape.x_row, size, padded, in);
-      vec inverse = splat(inverse_root(shape, in, padded));
-      for (int64_t i = 0; i < padded; i += LANES)
-        store(in + i, load(in + i) * inverse * load(scale + i));
+      normalize(shape, in, scale, padded);
       if (act != NONE) {
         fetch_row(logits + r * size, size, padded, z);
         for (int64_t i = 0; i < padded; i += LANES) {
-          vec logit = load(z + i), opening = one / (one + exp_lanes(-logit));
+          vec logit = load(z + i), opening = sigmoid_lanes(logit);
           store(in + i, load(in + i) * (act == SILU ? logit * opening : opening));
         }
       }
@@ -112,7 +143,7 @@ void backward(const Shape& shape, const X* x, const float* weight, const X* logi
       if (act != NONE) {
         fetch_row(logits + r * size, size, padded, z);
         for (int64_t i = 0; i < padded; i += LANES) {
-          vec logit = load(z + i), opening = one / (one + exp_lanes(-logit));
+          vec logit = load(z + i), opening = sigmoid_lanes(logit);
           vec slope = opening * (one - opening), d = load(d_out + i);
           vec normed = load(in + i) * splat(inverse) * load(scale + i);
           store(d_out + i, d * (act == SILU ? logit * opening : opening));
@@ -120,25 +151,68 @@ void backward(const Shape& shape, const X* x, const float* weight, const X* logi
         }
         store_row(z, size, d_logits + r * size);
       }
-      vec along{};
-      for (int64_t i = 0; i < padded; i += LANES) {
-        vec unit = load(in + i) * splat(inverse), d = load(d_out + i);
-        store(in + i, unit);
-        store(share + i, load(share + i) + d * unit);
-        d *= load(scale + i);
-        store(d_out + i, d);
-        along += d * unit;
-      }
-      const vec mean = splat(sum(along) / float(size));
-      for (int64_t i = 0; i < padded; i += LANES)
-        store(d_out + i, (load(d_out + i) - load(in + i) * mean) * splat(inverse));
+      normalize_backward(shape, in, d_out, scale, share, inverse, padded);
       store_row(d_out, size, d_x + r * size);
     }
     store_row(share, size, shares.data() + block * size);
   });
-  for (int64_t i = 0; i < size; i++) d_weight[i] = 0.f;
-  for (int64_t block = 0; block < blocks; block++)
-    for (int64_t i = 0; i < size; i++) d_weight[i] += shares[block * size + i];
+  add_shares(shape, shares, d_weight);
+}
+
+// total = x + branch and y = norm(total) * weight. Without a branch total is x, and not written.
+template <class X, class Branch, class Y>
+void add_forward(const Shape& shape, const X* x, const Branch* branch, const float* weight,
+                 X* total, Y* y) {
+  const int64_t size = shape.size, padded = padded_size(shape);
+  for_each_block(shape, 3, [&](int64_t, int64_t begin, int64_t end, float* room) {
+    float *in = room, *added = room + padded, *scale = room + 2 * padded;
+    fetch_row(weight, size, padded, scale);
+    for (int64_t r = begin; r < end; r++) {
+      fetch_row(x + r * size, size, padded, in);
+      if (branch) {
+        fetch_row(branch + r * size, size, padded, added);
+        for (int64_t i = 0; i < padded; i += LANES) store(in + i, load(in + i) + load(added + i));
+        store_row(in, size, total + r * size);
+        if (sizeof(X) < sizeof(float)) fetch_row(total + r * size, size, padded, in);  // rounded
+      }
+      normalize(shape, in, scale, padded);
+      store_row(in, size, y + r * size);
+    }
+  });
+}
+
+// d_total, what else is asked of the sum, may be null; so may d_branch, which has d_x's numbers.
+template <class X, class Branch, class Y>
+void add_backward(const Shape& shape, const X* total, const float* weight, const X* d_total,
+                  const Y* d_y, X* d_x, Branch* d_branch, float* d_weight) {
+  const int64_t size = shape.size, padded = padded_size(shape);
+  const int64_t blocks = (shape.rows + BLOCK - 1) / BLOCK;
+  std::vector<float> shares(blocks * size);  // of d_weight
+  for_each_block(shape, 5, [&](int64_t block, int64_t begin, int64_t end, float* room) {
+    float *in = room, *d_out = in + padded, *also = d_out + padded, *scale = also + padded;
+    float* share = scale + padded;
+    fetch_row(weight, size, padded, scale);
+    for (int64_t i = 0; i < padded; i++) share[i] = 0.f;
+    for (int64_t r = begin; r < end; r++) {
+      fetch_row(total + r * size, size, padded, in);
+      fetch_row(d_y + r * size, size, padded, d_out);
+      if (r + AHEAD < end) {
+        prefetch_to_write(d_x + (r + AHEAD) * size, size * sizeof(X));
+        if (d_branch) prefetch_to_write(d_branch + (r + AHEAD) * size, size * sizeof(Branch));
+      }
+      const float inverse = inverse_root(shape, in, padded);
+      normalize_backward(shape, in, d_out, scale, share, inverse, padded);
+      if (d_total) {
+        fetch_row(d_total + r * size, size, padded, also);
+        for (int64_t i = 0; i < padded; i += LANES)
+          store(d_out + i, load(d_out + i) + load(also + i));
+      }
+      store_row(d_out, size, d_x + r * size);
+      if (d_branch) store_row(d_out, size, d_branch + r * size);
+    }
+    store_row(share, size, shares.data() + block * size);
+  });
+  add_shares(shape, shares, d_weight);
 }
 
 template <class X, class Y>
@@ -161,6 +235,22 @@ void backward_of_activation(const Shape& shape, int activation, const void* x, c
       static_cast<const Y*>(d_y), static_cast<X*>(d_x), d_weight, static_cast<X*>(d_logits));
 }
 
+template <class X, class Branch, class Y>
+void add_forward_of_types(const Shape& shape, const void* x, const void* branch,
+                          const float* weight, void* total, void* y) {
+  add_forward(shape, static_cast<const X*>(x), static_cast<const Branch*>(branch), weight,
+              static_cast<X*>(total), static_cast<Y*>(y));
+}
+
+template <class X, class Branch, class Y>
+void add_backward_of_types(const Shape& shape, const void* total, const float* weight,
+                           const void* d_total, const void* d_y, void* d_x, void* d_branch,
+                           float* d_weight) {
+  add_backward(shape, static_cast<const X*>(total), weight, static_cast<const X*>(d_total),
+               static_cast<const Y*>(d_y), static_cast<X*>(d_x), static_cast<Branch*>(d_branch),
+               d_weight);
+}
+
 }  // namespace
 
 // x, logits and their gradients in one of fp32 and bf16, y and d_y in one of them.
@@ -181,4 +271,31 @@ EXPORT void rms_norm_backward(const Shape* shape, int activation, int x_is_bf16,
              : y_is_bf16 ? backward_of_activation<float, bf16>
                          : backward_of_activation<float, float>;
   run(*shape, activation, x, weight, logits, d_y, d_x, d_weight, d_logits);
+}
+
+// x, total and their gradients in one of fp32 and bf16, the branch in bf16 or as x, y and d_y in
+// one of the two. d_branch is asked for where the branch's dtype is not x's.
+EXPORT void add_rms_norm_forward(const Shape* shape, int x_is_bf16, int branch_is_bf16,
+                                 int y_is_bf16, const void* x, const void* branch,
+                                 const float* weight, void* total, void* y) {
+  auto run = x_is_bf16        ? (y_is_bf16 ? add_forward_of_types<bf16, bf16, bf16>
+                                           : add_forward_of_types<bf16, bf16, float>)
+             : branch_is_bf16 ? (y_is_bf16 ? add_forward_of_types<float, bf16, bf16>
+                                           : add_forward_of_types<float, bf16, float>)
+             : y_is_bf16      ? add_forward_of_types<float, float, bf16>
+                              : add_forward_of_types<float, float, float>;
+  run(*shape, x, branch, weight, total, y);
+}
+
+EXPORT void add_rms_norm_backward(const Shape* shape, int x_is_bf16, int branch_is_bf16,
+                                  int y_is_bf16, const void* total, const float* weight,
+                                  const void* d_total, const void* d_y, void* d_x, void* d_branch,
+                                  float* d_weight) {
+  auto run = x_is_bf16        ? (y_is_bf16 ? add_backward_of_types<bf16, bf16, bf16>
+                                           : add_backward_of_types<bf16, bf16, float>)
+             : branch_is_bf16 ? (y_is_bf16 ? add_backward_of_types<float, bf16, bf16>
+                                           : add_backward_of_types<float, bf16, float>)
+             : y_is_bf16      ? add_backward_of_types<float, float, bf16>
+                              : add_backward_of_types<float, float, float>;
+  run(*shape, total, weight, d_total, d_y, d_x, d_branch, d_weight);
 }

@@ -15,7 +15,7 @@ from deltamoe.ops.backend import select
 from deltamoe.ops.norm import reference
 from deltamoe.ops.norm.reference import l2_normalize
 
-__all__ = ["gated_rms_norm", "l2_normalize", "rms_norm"]
+__all__ = ["add_rms_norm", "gated_rms_norm", "l2_normalize", "rms_norm"]
 
 
 def rms_norm(
@@ -34,6 +34,29 @@ def rms_norm(
         dtype: of the result; None for x's.
     """
     result: Tensor = _backend(x).rms_norm(x, weight, eps, dtype=dtype)
+    return result
+
+
+def add_rms_norm(
+    x: Float[Tensor, "*batch D"],
+    branch: Float[Tensor, "*batch D"] | None,
+    weight: Float[Tensor, "D"],
+    eps: float,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
+    """Add a branch to the stream; return the stream and its ``rms_norm``.
+
+    One pass over memory where an addition and a norm need three, and one backward that also adds
+    the stream's own gradient.
+
+    Args:
+        x: the stream.
+        branch: what is added; None for nothing.
+        weight, eps, dtype: as in ``rms_norm``; dtype is the norm's, the sum has the wider one of
+            x's and the branch's.
+    """
+    result: tuple[Tensor, Tensor] = _backend(x).add_rms_norm(x, branch, weight, eps, dtype=dtype)
     return result
 
 

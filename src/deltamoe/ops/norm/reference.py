@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["gated_rms_norm", "l2_normalize", "rms_norm"]
+__all__ = ["add_rms_norm", "gated_rms_norm", "l2_normalize", "rms_norm"]
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -24,6 +24,19 @@ def rms_norm(
     wide = _wide(x)
     normalized = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return normalized.to(dtype) * weight.to(dtype)
+
+
+def add_rms_norm(
+    x: Float[Tensor, "*batch D"],
+    branch: Float[Tensor, "*batch D"] | None,
+    weight: Float[Tensor, "D"],
+    eps: float,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
+    """``x + branch``, and its norm."""
+    total = x if branch is None else x + branch
+    return total, rms_norm(total, weight, eps, dtype=dtype)
 
 
 def gated_rms_norm(
