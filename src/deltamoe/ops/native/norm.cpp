@@ -103,7 +103,6 @@ void forward(const Shape& shape, const X* x, const float* weight, const X* logit
   const int64_t size = shape.size, padded = padded_size(shape);
   for_each_block(shape, 3, [&](int64_t, int64_t begin, int64_t end, float* room) {
     float *in = room, *z = room + padded, *scale = room + 2 * padded;
-    const vec one = splat(1.f);
     fetch_row(weight, size, padded, scale);
     for (int64_t r = begin; r < end; r++) {
       fetch_row(x + r * shape.x_row, size, padded, in);
