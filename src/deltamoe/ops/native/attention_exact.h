@@ -35,6 +35,14 @@ struct Turned {
   ptrdiff_t row = 0;
 };
 
+// The first `count` rows of one head, and zeros up to a multiple of LANES rows.
+template <class X>
+void fetch_all(const Part& a, const Part& b, int64_t first, int64_t count, int64_t head,
+               std::vector<float>& to, int64_t width) {
+  to.assign(up_to(count, LANES) * width, 0.f);
+  fetch<X>(a, b, first, count, head, to.data(), width);
+}
+
 // Scores, before they are scaled, of queries q0 .. q0 + rows and keys k0 .. k0 + columns (a
 // multiple of LANES; what lies beyond the diagonal is -inf). Positions count from the sequence's
 // first token.
@@ -62,10 +70,8 @@ void forward_exactly(const Inputs& in, const Part& out, float* log_sums) {
     for (size_t n = 0; n < tasks.size(); n++) {
       const Task& task = tasks[n];
       const int64_t sources = up_to(task.end, LANES);
-      rows.assign(sources * width, 0.f);
-      values.assign(sources * v_width, 0.f);
-      fetch<X>(in.k, in.k_shared, task.first, task.end, task.head, rows.data(), width);
-      fetch<X>(in.v, in.none(), task.first, task.end, task.head, values.data(), v_width);
+      fetch_all<X>(in.k, in.k_shared, task.first, task.end, task.head, rows, width);
+      fetch_all<X>(in.v, in.none(), task.first, task.end, task.head, values, v_width);
       keys.take(width, sources, rows.data());
       for (int64_t q0 = task.begin; q0 < task.end; q0 += BLOCK_Q) {
         const int64_t count = std::min(BLOCK_Q, task.end - q0);
@@ -128,12 +134,10 @@ void backward_exactly(const Inputs& in, const Part& out, const float* log_sums, 
     for (size_t n = 0; n < tasks.size(); n++) {
       const Task& task = tasks[n];
       const int64_t sources = up_to(task.length, LANES);
-      rows.assign(sources * width, 0.f);
-      values.assign(sources * v_width, 0.f);
       to_keys.assign(sources * width, 0.f);
       to_values.assign(sources * v_width, 0.f);
-      fetch<X>(in.k, in.k_shared, task.first, task.length, task.head, rows.data(), width);
-      fetch<X>(in.v, in.none(), task.first, task.length, task.head, values.data(), v_width);
+      fetch_all<X>(in.k, in.k_shared, task.first, task.length, task.head, rows, width);
+      fetch_all<X>(in.v, in.none(), task.first, task.length, task.head, values, v_width);
       keys.take(width, sources, rows.data());
       answers.take(v_width, sources, values.data());
       for (int64_t q0 = 0; q0 < task.length; q0 += BLOCK_Q) {

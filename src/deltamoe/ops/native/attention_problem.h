@@ -51,14 +51,7 @@ std::vector<Task> tasks_of(const Inputs& in, int64_t group) {
 }
 
 template <class X>
-void widen(const X* from, int64_t size, float* to) {
-  int64_t i = 0;
-  for (; i + LANES <= size; i += LANES) store(to + i, load_wide(from + i));
-  for (; i < size; i++) to[i] = to_float(from[i]);
-}
-
-template <class X>
-void narrow(const float* from, int64_t size, float scale, X* to) {
+void narrow_scaled(const float* from, int64_t size, float scale, X* to) {
   int64_t i = 0;
   for (; i + LANES <= size; i += LANES) store_narrow(to + i, load(from + i) * splat(scale));
   for (; i < size; i++) to[i] = from_float<X>(from[i] * scale);
@@ -79,8 +72,8 @@ template <class X>
 void give_back(const Part& a, const Part& b, int64_t first, int64_t count, int64_t head,
                float scale, const float* from, int64_t width) {
   for (int64_t r = 0; r < count; r++, from += width) {
-    narrow(from, a.size, scale, a.at<X>(first + r, head));
-    narrow(from + a.size, b.size, scale, b.at<X>(first + r, head));
+    narrow_scaled(from, a.size, scale, a.at<X>(first + r, head));
+    narrow_scaled(from + a.size, b.size, scale, b.at<X>(first + r, head));
   }
 }
 

@@ -22,17 +22,11 @@ constexpr int64_t TOGETHER = KEYS;  // queries between two changes of the keys' 
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 
-// 2^x to 3e-7 of itself for x <= 0; 0 below -126, NaN stays NaN.
+// 2^x to 2e-7 of itself for x <= 0; 0 below -126, NaN stays NaN.
 inline vec exp2_of(vec x) {
   const vec n = (vec)_mm512_roundscale_ps((__m512)x, 8), r = x - n;
-  vec p = splat(1.3276461e-3f);
-  p = p * r + splat(9.6755410e-3f);
-  p = p * r + splat(5.5507135e-2f);
-  p = p * r + splat(2.4022120e-1f);
-  p = p * r + splat(6.9314694e-1f);
-  p = p * r + splat(1.f);
   const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
-  return (vec)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)n);
+  return (vec)_mm512_maskz_scalef_ps(counts, (__m512)exp2_of_fraction(r), (__m512)n);
 }
 inline vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
 

@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "buffer.h"
 #include "vector.h"
 
 namespace {
@@ -61,7 +62,7 @@ struct Strip {
     int64_t step = shape.head_dim ? shape.head_dim : STRIP;
     first = index * step;
     size = shape.channels - first < step ? shape.channels - first : step;
-    padded = (size + LANES - 1) / LANES * LANES;
+    padded = up_to(size, LANES);
     width = shape.width;
     weight.assign(width * padded, 0.f);
     for (int64_t c = 0; c < size; c++)
@@ -77,17 +78,8 @@ int64_t num_strips(const Shape& shape) {
 
 template <class T>
 void fetch_row(const T* from, const Strip& strip, float* to) {
-  int64_t c = 0;
-  for (; c + LANES <= strip.size; c += LANES) store(to + c, load_wide(from + c));
-  for (; c < strip.size; c++) to[c] = to_float(from[c]);
-  for (; c < strip.padded; c++) to[c] = 0.f;
-}
-
-template <class T>
-void store_row(const float* from, int64_t size, T* to) {
-  int64_t c = 0;
-  for (; c + LANES <= size; c += LANES) store_narrow(to + c, load(from + c));
-  for (; c < size; c++) to[c] = from_float<T>(from[c]);
+  widen(from, strip.size, to);
+  for (int64_t c = strip.size; c < strip.padded; c++) to[c] = 0.f;
 }
 
 // Inputs begin - (W - 1) .. end of a sequence, its past in front of it.
@@ -174,7 +166,7 @@ void forward(const Shape& shape, const X* x, const float* weight, const X* past,
           for (int64_t i = 0; i < padded; i += LANES)
             store(s + t * padded + i, load(s + t * padded + i) * factor);
         }
-        store_row(s + t * padded, strip.size, to);
+        narrow(s + t * padded, strip.size, to);
       }
     }
   }
@@ -259,7 +251,7 @@ void backward(const Shape& shape, const X* x, const float* weight, const X* past
         const float* d_c = gradients.data() + (t - begin) * padded;
         for (int64_t i = 0; i < padded; i += LANES)
           store(s + i, Taps<W>(strip, i).backward(d_c + i));
-        store_row(s, strip.size, d_x + (chunk.first_row + t) * shape.channels + strip.first);
+        narrow(s, strip.size, d_x + (chunk.first_row + t) * shape.channels + strip.first);
       }
       if (d_past && begin == 0) {
         for (int64_t p = 0; p < extra; p++) {
@@ -269,13 +261,13 @@ void backward(const Shape& shape, const X* x, const float* weight, const X* past
               for (int64_t i = 0; i < padded; i++)
                 s[i] += strip.weight[j * padded + i] * gradients[(p - j) * padded + i];
           int64_t row = chunk.sequence * extra + p;
-          store_row(s, strip.size, d_past + row * shape.channels + strip.first);
+          narrow(s, strip.size, d_past + row * shape.channels + strip.first);
         }
       }
     }
     float* mine = shares.data() + (task / strips) * width * shape.channels;
     for (int64_t j = 0; j < width; j++)
-      store_row(share.data() + j * padded, strip.size, mine + j * shape.channels + strip.first);
+      narrow(share.data() + j * padded, strip.size, mine + j * shape.channels + strip.first);
   }
   for (int64_t i = 0; i < width * shape.channels; i++) {
     float total = 0.f;

@@ -81,13 +81,6 @@ class Scratch {
   size_t used_ = 0;
 };
 
-template <class T>
-void widen(const T* from, int64_t n, float* to) {
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) store(to + i, load_wide(from + i));
-  for (; i < n; i++) to[i] = to_float(from[i]);
-}
-
 void read_row(const Tensor& x, int64_t b, int64_t t, int64_t h, int64_t n, float* to) {
   int64_t at = b * x.batch + t * x.time + h * x.head;
   if (x.is_bf16) widen(static_cast<bf16*>(x.data) + at, n, to);

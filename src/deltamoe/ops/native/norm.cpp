@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "buffer.h"
 #include "vector.h"
 
 namespace {
@@ -28,26 +29,15 @@ struct Shape {
 };
 
 template <class T>
-void fetch_row(const T* from, int64_t size, int64_t padded, float* to) {
-  int64_t i = 0;
-  for (; i + LANES <= size; i += LANES) store(to + i, load_wide(from + i));
-  for (; i < size; i++) to[i] = to_float(from[i]);
-  for (; i < padded; i++) to[i] = 0.f;
+void fetch_row(const T* from, int64_t size, float* to) {
+  widen(from, size, to);
+  for (int64_t i = size; i < up_to(size, LANES); i++) to[i] = 0.f;
 }
-
-template <class T>
-void store_row(const float* from, int64_t size, T* to) {
-  int64_t i = 0;
-  for (; i + LANES <= size; i += LANES) store_narrow(to + i, load(from + i));
-  for (; i < size; i++) to[i] = from_float<T>(from[i]);
-}
-
-int64_t padded_size(const Shape& shape) { return (shape.size + LANES - 1) / LANES * LANES; }
 
 // A block of rows is a task; each gets room for `num_rows` fp32 rows.
 template <class Task>
 void for_each_block(const Shape& shape, int num_rows, Task task) {
-  const int64_t blocks = (shape.rows + BLOCK - 1) / BLOCK, padded = padded_size(shape);
+  const int64_t blocks = (shape.rows + BLOCK - 1) / BLOCK, padded = up_to(shape.size, LANES);
 #pragma omp parallel num_threads(shape.threads) if (shape.threads > 1)
   {
     std::vector<float> room(num_rows * padded);
@@ -91,30 +81,43 @@ inline void normalize_backward(const Shape& shape, float* x, float* d, const flo
     store(d + i, (load(d + i) - load(x + i) * mean) * splat(inverse));
 }
 
-// d_weight is the sum of the blocks' shares, in their order.
-void add_shares(const Shape& shape, const std::vector<float>& shares, float* d_weight) {
-  for (int64_t i = 0; i < shape.size; i++) d_weight[i] = 0.f;
-  for (size_t begin = 0; begin < shares.size(); begin += shape.size)
-    for (int64_t i = 0; i < shape.size; i++) d_weight[i] += shares[begin + i];
+// For gradients: row(r, end, scale, d_scale, room) has the weights, adds to their gradient and has
+// `num_rows` rows of room. A block's share of d_weight is a sum of its own; shares are added in
+// their order.
+template <class Row>
+void for_each_row_back(const Shape& shape, const float* weight, float* d_weight, int num_rows,
+                       Row row) {
+  const int64_t size = shape.size, padded = up_to(size, LANES);
+  std::vector<float> shares((shape.rows + BLOCK - 1) / BLOCK * size);
+  for_each_block(shape, num_rows + 2, [&](int64_t block, int64_t begin, int64_t end, float* room) {
+    float *scale = room, *d_scale = scale + padded;
+    fetch_row(weight, size, scale);
+    for (int64_t i = 0; i < padded; i++) d_scale[i] = 0.f;
+    for (int64_t r = begin; r < end; r++) row(r, end, scale, d_scale, d_scale + padded);
+    narrow(d_scale, size, shares.data() + block * size);
+  });
+  for (int64_t i = 0; i < size; i++) d_weight[i] = 0.f;
+  for (size_t begin = 0; begin < shares.size(); begin += size)
+    for (int64_t i = 0; i < size; i++) d_weight[i] += shares[begin + i];
 }
 
 template <Activation act, class X, class Y>
 void forward(const Shape& shape, const X* x, const float* weight, const X* logits, Y* y) {
-  const int64_t size = shape.size, padded = padded_size(shape);
+  const int64_t size = shape.size, padded = up_to(shape.size, LANES);
   for_each_block(shape, 3, [&](int64_t, int64_t begin, int64_t end, float* room) {
     float *in = room, *z = room + padded, *scale = room + 2 * padded;
-    fetch_row(weight, size, padded, scale);
+    fetch_row(weight, size, scale);
     for (int64_t r = begin; r < end; r++) {
-      fetch_row(x + r * shape.x_row, size, padded, in);
+      fetch_row(x + r * shape.x_row, size, in);
       normalize(shape, in, scale, padded);
       if (act != NONE) {
-        fetch_row(logits + r * size, size, padded, z);
+        fetch_row(logits + r * size, size, z);
         for (int64_t i = 0; i < padded; i += LANES) {
           vec logit = load(z + i), opening = sigmoid_lanes(logit);
           store(in + i, load(in + i) * (act == SILU ? logit * opening : opening));
         }
       }
-      store_row(in, size, y + r * size);
+      narrow(in, size, y + r * size);
     }
   });
 }
@@ -122,60 +125,52 @@ void forward(const Shape& shape, const X* x, const float* weight, const X* logit
 template <Activation act, class X, class Y>
 void backward(const Shape& shape, const X* x, const float* weight, const X* logits, const Y* d_y,
               X* d_x, float* d_weight, X* d_logits) {
-  const int64_t size = shape.size, padded = padded_size(shape);
-  const int64_t blocks = (shape.rows + BLOCK - 1) / BLOCK;
-  std::vector<float> shares(blocks * size);  // of d_weight
-  for_each_block(shape, 5, [&](int64_t block, int64_t begin, int64_t end, float* room) {
-    float *in = room, *z = in + padded, *d_out = z + padded, *scale = d_out + padded;
-    float* share = scale + padded;
-    const vec one = splat(1.f);
-    fetch_row(weight, size, padded, scale);
-    for (int64_t i = 0; i < padded; i++) share[i] = 0.f;
-    for (int64_t r = begin; r < end; r++) {
-      fetch_row(x + r * shape.x_row, size, padded, in);
-      fetch_row(d_y + r * size, size, padded, d_out);
-      if (r + AHEAD < end) {
-        prefetch_to_write(d_x + (r + AHEAD) * size, size * sizeof(X));
-        if (act != NONE) prefetch_to_write(d_logits + (r + AHEAD) * size, size * sizeof(X));
-      }
-      const float inverse = inverse_root(shape, in, padded);
-      if (act != NONE) {
-        fetch_row(logits + r * size, size, padded, z);
-        for (int64_t i = 0; i < padded; i += LANES) {
-          vec logit = load(z + i), opening = sigmoid_lanes(logit);
-          vec slope = opening * (one - opening), d = load(d_out + i);
-          vec normed = load(in + i) * splat(inverse) * load(scale + i);
-          store(d_out + i, d * (act == SILU ? logit * opening : opening));
-          store(z + i, d * normed * (act == SILU ? opening + logit * slope : slope));
-        }
-        store_row(z, size, d_logits + r * size);
-      }
-      normalize_backward(shape, in, d_out, scale, share, inverse, padded);
-      store_row(d_out, size, d_x + r * size);
+  const int64_t size = shape.size, padded = up_to(size, LANES);
+  const vec one = splat(1.f);
+  for_each_row_back(shape, weight, d_weight, 3, [&](int64_t r, int64_t end, const float* scale,
+                                                    float* d_scale, float* room) {
+    float *in = room, *z = in + padded, *d_out = z + padded;
+    fetch_row(x + r * shape.x_row, size, in);
+    fetch_row(d_y + r * size, size, d_out);
+    if (r + AHEAD < end) {
+      prefetch_to_write(d_x + (r + AHEAD) * size, size * sizeof(X));
+      if (act != NONE) prefetch_to_write(d_logits + (r + AHEAD) * size, size * sizeof(X));
     }
-    store_row(share, size, shares.data() + block * size);
+    const float inverse = inverse_root(shape, in, padded);
+    if (act != NONE) {
+      fetch_row(logits + r * size, size, z);
+      for (int64_t i = 0; i < padded; i += LANES) {
+        vec logit = load(z + i), opening = sigmoid_lanes(logit);
+        vec slope = opening * (one - opening), d = load(d_out + i);
+        vec normed = load(in + i) * splat(inverse) * load(scale + i);
+        store(d_out + i, d * (act == SILU ? logit * opening : opening));
+        store(z + i, d * normed * (act == SILU ? opening + logit * slope : slope));
+      }
+      narrow(z, size, d_logits + r * size);
+    }
+    normalize_backward(shape, in, d_out, scale, d_scale, inverse, padded);
+    narrow(d_out, size, d_x + r * size);
   });
-  add_shares(shape, shares, d_weight);
 }
 
 // total = x + branch and y = norm(total) * weight. Without a branch total is x, and not written.
 template <class X, class Branch, class Y>
 void add_forward(const Shape& shape, const X* x, const Branch* branch, const float* weight,
                  X* total, Y* y) {
-  const int64_t size = shape.size, padded = padded_size(shape);
+  const int64_t size = shape.size, padded = up_to(shape.size, LANES);
   for_each_block(shape, 3, [&](int64_t, int64_t begin, int64_t end, float* room) {
     float *in = room, *added = room + padded, *scale = room + 2 * padded;
-    fetch_row(weight, size, padded, scale);
+    fetch_row(weight, size, scale);
     for (int64_t r = begin; r < end; r++) {
-      fetch_row(x + r * size, size, padded, in);
+      fetch_row(x + r * size, size, in);
       if (branch) {
-        fetch_row(branch + r * size, size, padded, added);
+        fetch_row(branch + r * size, size, added);
         for (int64_t i = 0; i < padded; i += LANES) store(in + i, load(in + i) + load(added + i));
-        store_row(in, size, total + r * size);
-        if (sizeof(X) < sizeof(float)) fetch_row(total + r * size, size, padded, in);  // rounded
+        narrow(in, size, total + r * size);
+        if (sizeof(X) < sizeof(float)) fetch_row(total + r * size, size, in);  // rounded
       }
       normalize(shape, in, scale, padded);
-      store_row(in, size, y + r * size);
+      narrow(in, size, y + r * size);
     }
   });
 }
@@ -184,34 +179,25 @@ void add_forward(const Shape& shape, const X* x, const Branch* branch, const flo
 template <class X, class Branch, class Y>
 void add_backward(const Shape& shape, const X* total, const float* weight, const X* d_total,
                   const Y* d_y, X* d_x, Branch* d_branch, float* d_weight) {
-  const int64_t size = shape.size, padded = padded_size(shape);
-  const int64_t blocks = (shape.rows + BLOCK - 1) / BLOCK;
-  std::vector<float> shares(blocks * size);  // of d_weight
-  for_each_block(shape, 5, [&](int64_t block, int64_t begin, int64_t end, float* room) {
-    float *in = room, *d_out = in + padded, *also = d_out + padded, *scale = also + padded;
-    float* share = scale + padded;
-    fetch_row(weight, size, padded, scale);
-    for (int64_t i = 0; i < padded; i++) share[i] = 0.f;
-    for (int64_t r = begin; r < end; r++) {
-      fetch_row(total + r * size, size, padded, in);
-      fetch_row(d_y + r * size, size, padded, d_out);
-      if (r + AHEAD < end) {
-        prefetch_to_write(d_x + (r + AHEAD) * size, size * sizeof(X));
-        if (d_branch) prefetch_to_write(d_branch + (r + AHEAD) * size, size * sizeof(Branch));
-      }
-      const float inverse = inverse_root(shape, in, padded);
-      normalize_backward(shape, in, d_out, scale, share, inverse, padded);
-      if (d_total) {
-        fetch_row(d_total + r * size, size, padded, also);
-        for (int64_t i = 0; i < padded; i += LANES)
-          store(d_out + i, load(d_out + i) + load(also + i));
-      }
-      store_row(d_out, size, d_x + r * size);
-      if (d_branch) store_row(d_out, size, d_branch + r * size);
+  const int64_t size = shape.size, padded = up_to(size, LANES);
+  for_each_row_back(shape, weight, d_weight, 3, [&](int64_t r, int64_t end, const float* scale,
+                                                    float* d_scale, float* room) {
+    float *in = room, *d_out = in + padded, *also = d_out + padded;
+    fetch_row(total + r * size, size, in);
+    fetch_row(d_y + r * size, size, d_out);
+    if (r + AHEAD < end) {
+      prefetch_to_write(d_x + (r + AHEAD) * size, size * sizeof(X));
+      if (d_branch) prefetch_to_write(d_branch + (r + AHEAD) * size, size * sizeof(Branch));
     }
-    store_row(share, size, shares.data() + block * size);
+    normalize_backward(shape, in, d_out, scale, d_scale, inverse_root(shape, in, padded), padded);
+    if (d_total) {
+      fetch_row(d_total + r * size, size, also);
+      for (int64_t i = 0; i < padded; i += LANES)
+        store(d_out + i, load(d_out + i) + load(also + i));
+    }
+    narrow(d_out, size, d_x + r * size);
+    if (d_branch) narrow(d_out, size, d_branch + r * size);
   });
-  add_shares(shape, shares, d_weight);
 }
 
 template <class X, class Y>

@@ -158,10 +158,18 @@ static inline void finish_stores_past_caches() {
 }
 static inline bool is_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
 
-static inline void narrow(const float* from, int64_t n, bf16* to) {
+// n numbers into fp32, and back into what they were.
+template <class T>
+static inline void widen(const T* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(to + i, load_wide(from + i));
+  for (; i < n; i++) to[i] = to_float(from[i]);
+}
+template <class T>
+static inline void narrow(const float* from, int64_t n, T* to) {
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) store_narrow(to + i, load(from + i));
-  for (; i < n; i++) to[i] = from_float<bf16>(from[i]);
+  for (; i < n; i++) to[i] = from_float<T>(from[i]);
 }
 
 // n numbers to where nothing reads them soon.
@@ -265,8 +273,18 @@ static inline vec exp_lanes(vec x) {
 #endif
 }
 
-// 1 / (1 + e^-x) to 4 ulp; below -87.3 it may be 0. Where a quick reciprocal is at hand it takes
-// the place of a division that would last as long as all the rest.
+// 2^x for x in [-1/2, 1/2], to 2e-7 of itself.
+static inline vec exp2_of_fraction(vec x) {
+  vec p = splat(1.3264727e-3f);
+  p = p * x + splat(9.6715130e-3f);
+  p = p * x + splat(5.5507336e-2f);
+  p = p * x + splat(2.4022242e-1f);
+  p = p * x + splat(6.9314700e-1f);
+  return p * x + splat(1.f);
+}
+
+// 1 / (1 + e^-x) to 3e-7 of itself; below -87.3 it may be 0. Where a quick reciprocal is at hand it
+// takes the place of a division that would last as long as all the rest.
 static inline vec sigmoid_lanes(vec x) {
 #if defined(__AVX512F__)
   const __m512 low = _mm512_set1_ps(-87.33f), high = _mm512_set1_ps(87.33f);
@@ -275,14 +293,8 @@ static inline vec sigmoid_lanes(vec x) {
   const __m512 factor = _mm512_set1_ps(-1.44269502f);
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(bounded, factor), 8);
   const vec r = (vec)_mm512_fmsub_ps(bounded, factor, n) - (vec)bounded * splat(1.92596299e-8f);
-  vec p = splat(1.5353362e-4f);
-  p = p * r + splat(1.3398875e-3f);
-  p = p * r + splat(9.6184369e-3f);
-  p = p * r + splat(5.5503324e-2f);
-  p = p * r + splat(2.4022648e-1f);
-  p = p * r + splat(6.9314718e-1f);
-  p = p * r + splat(1.f);
-  const vec whole = splat(1.f) + (vec)_mm512_scalef_ps((__m512)p, n);
+  const __m512 power = _mm512_scalef_ps((__m512)exp2_of_fraction(r), n);
+  const vec whole = splat(1.f) + (vec)power;
   const vec rough = (vec)_mm512_rcp14_ps((__m512)whole);
   const __mmask16 is_normal = _mm512_cmp_ps_mask((__m512)x, low, _CMP_NLT_UQ);  // or NaN
   return (vec)_mm512_maskz_mul_ps(is_normal, (__m512)rough, (__m512)(splat(2.f) - whole * rough));
