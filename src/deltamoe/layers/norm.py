@@ -34,7 +34,7 @@ class StreamNorm(_Norm):
     def forward(
         self, x: Float[Tensor, "*batch D"], branch: Float[Tensor, "*batch D"] | None = None
     ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
-        """The stream with ``branch`` added, and that normalised."""
+        """Return the stream with ``branch`` added, and that normalised over its last axis."""
         return add_rms_norm(x, branch, self.weight, self.eps, dtype=_autocast_dtype(x))
 
 

@@ -76,11 +76,11 @@ def check_sum(x, branch, weight, dtype: torch.dtype | None = None, asks_of: str 
     """``add_rms_norm`` beside the definition in fp64; return what the C++ made."""
     inputs = [t.detach().requires_grad_() for t in (x, branch, weight) if t is not None]
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    got = native.add_rms_norm(inputs[0], *after(inputs, branch), 1e-5, dtype=dtype)
-    wanted = reference.add_rms_norm(exact[0], *after(exact, branch), 1e-5)
+    got = native.add_rms_norm(inputs[0], *branch_and_weight(inputs, branch), 1e-5, dtype=dtype)
+    wanted = reference.add_rms_norm(exact[0], *branch_and_weight(exact, branch), 1e-5)
     wide = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     assert [t.dtype for t in got] == [wide, dtype or wide]
-    for g, w in zip(got, wanted, strict=True):
+    for g, w in zip(got, wanted, strict=True):  # the bounds are those of ``check``
         bound = {"rtol": 2**-8, "atol": 1e-5} if g.dtype == BF16 else {"rtol": 1e-5, "atol": 1e-5}
         torch.testing.assert_close(g.double(), w, **bound)
     d_got = [torch.randn_like(t) for t in got]
@@ -99,7 +99,7 @@ def check_sum(x, branch, weight, dtype: torch.dtype | None = None, asks_of: str 
     return [*got, *grads]
 
 
-def after(tensors: list[torch.Tensor], branch: torch.Tensor | None) -> list[torch.Tensor | None]:
+def branch_and_weight(tensors: list[torch.Tensor], branch: torch.Tensor | None):
     return [None if branch is None else tensors[1], tensors[-1]]
 
 
@@ -190,12 +190,12 @@ def test_zeros_and_broken_numbers() -> None:
 
 
 def test_the_gate_is_exact_wherever_it_stands() -> None:
-    """To 4 ulp for the gate and 2 for its product with the norm."""
+    """To 3e-7 of itself; the norm (root, division, product) and its product round 4 times more."""
     logits = torch.linspace(-87, 87, 64_000).reshape(1000, 64)
     x, weight = torch.ones(1000, 64), torch.ones(64)
     got = native.gated_rms_norm(x, logits, weight, 1e-5, activation="sigmoid")
     expected = logits.double().sigmoid() * (1 + 1e-5) ** -0.5
-    torch.testing.assert_close(got.double(), expected, rtol=6 * 2**-23, atol=0)
+    torch.testing.assert_close(got.double(), expected, rtol=3e-7 + 4 * 2**-24, atol=0)
 
 
 def test_the_number_of_threads_changes_nothing() -> None:

@@ -45,16 +45,21 @@ def add_rms_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
-    """Add a branch to the stream; return the stream and its ``rms_norm``.
+    """Add a branch to the residual stream and normalise the sum.
 
     One pass over memory where an addition and a norm need three, and one backward that also adds
-    the stream's own gradient.
+    the stream's own gradient, as flash-linear-attention's norms do with ``residual`` and
+    ``prenorm=True``.
 
     Args:
         x: the stream.
         branch: what is added; None for nothing.
-        weight, eps, dtype: as in ``rms_norm``; dtype is the norm's, the sum has the wider one of
-            x's and the branch's.
+        weight, eps: as in ``rms_norm``.
+        dtype: of the norm; None for the sum's.
+
+    Returns:
+        The sum, in the wider dtype of x and branch (without a branch x itself), and its
+        ``rms_norm``.
     """
     result: tuple[Tensor, Tensor] = _backend(x).add_rms_norm(x, branch, weight, eps, dtype=dtype)
     return result
